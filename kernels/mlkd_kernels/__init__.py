@@ -1,0 +1,21 @@
+"""Divergences between a teacher and a student: one definition each, `eager`, and its fast twins.
+
+Gradients go to the student's side only; rows are fp32, float64 where the inputs are.
+"""
+
+from mlkd_kernels._backend import backends
+from mlkd_kernels.attention_map import attention_kl
+from mlkd_kernels.contrastive import info_nce
+from mlkd_kernels.linear_divergence import linear_divergence
+from mlkd_kernels.relation import relation_kl
+from mlkd_kernels.similarity import similarity_kl, similarity_mse
+
+__all__ = [
+    "attention_kl",
+    "backends",
+    "info_nce",
+    "linear_divergence",
+    "relation_kl",
+    "similarity_kl",
+    "similarity_mse",
+]

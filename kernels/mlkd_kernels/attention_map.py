@@ -1,0 +1,54 @@
+"""KL between the attention maps of teacher and student, head by head."""
+
+from torch import Tensor
+
+from mlkd_kernels._backend import choose
+from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs
+
+
+def attention_kl(
+    student_query: Tensor,  # [B, H, L, ds]
+    student_key: Tensor,  # [B, Hkv, L, ds]
+    teacher_query: Tensor,  # [B, H, L, dt]
+    teacher_key: Tensor,  # [B, Hkv', L, dt]
+    *,
+    mask: Tensor | None = None,  # [B, L] bool, True where a token is real
+    causal: bool = False,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [B, H, L]
+    """KL(P_i || Q_i) of the attention rows P_i = softmax_j(teacher_scale * <q_i, k_j>).
+
+    Q_i is the student's likewise; the scale defaults to 1/sqrt(d). With fewer key heads than query
+    heads, query head h reads key head h // (H / Hkv). No temperature. A masked token is neither row
+    nor key and its row is 0; with `causal` j runs to i. Raises ValueError where the models' query
+    heads, batches or lengths differ or key heads do not divide query heads. Aguilar et al. 2020
+    (arXiv 1910.03723).
+    """
+    choose(backend)
+    shapes = [student_query.shape, teacher_query.shape]
+    if shapes[0][:3] != shapes[1][:3]:
+        raise ValueError(
+            f"the student's queries are {tuple(shapes[0])} and the teacher's {tuple(shapes[1])}; "
+            "batch, heads and length must be the same. Where the heads differ use relation_kl, "
+            "which cuts both widths anew."
+        )
+    keep = keep_or_all(mask, student_query.transpose(1, 2), 2)
+    student = _scores(student_query, student_key, keep, "student", student_scale)
+    teacher = _scores(teacher_query.detach(), teacher_key.detach(), keep, "teacher", teacher_scale)
+    return row_kl(teacher, student, token_pairs(keep, causal))
+
+
+def _scores(
+    query: Tensor, key: Tensor, keep: Tensor, name: str, scale: float | None
+) -> Tensor:  # [B, H, L, d], [B, Hkv, L, d] -> [B, H, L, L]
+    heads, key_heads = query.shape[1], key.shape[1]
+    if key_heads < 1 or heads % key_heads or query.shape[2:] != key.shape[2:]:
+        raise ValueError(
+            f"the {name}'s queries are {tuple(query.shape)} and keys {tuple(key.shape)}; the key "
+            "heads must divide the query heads, and length and width must be the same."
+        )
+    query, key = (drop_masked(x, keep[:, None]) for x in (query, key))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return gram(query, key.repeat_interleave(heads // key_heads, dim=1), scale)

@@ -1,0 +1,126 @@
+"""Divergences between the distributions that two output heads make of hidden states."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlkd_kernels._backend import choose
+from mlkd_kernels.rows import check_positive, drop_masked, gram, row_kl
+
+KINDS = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "cross_entropy",
+)
+MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # [N, D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None,  # [N, E]
+    teacher_weight: Tensor | None,  # [V, E]
+    *,
+    kind: str,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    row_weight: Tensor | None = None,  # [N]
+    labels: Tensor | None = None,  # [N], -100 where ignored
+    backend: str = "auto",
+) -> Tensor:  # scalar
+    """Sum over rows of row_weight times the divergence of P (teacher) and Q (student).
+
+    P = softmax(teacher_hidden teacher_weight^t / T), Q the student's likewise, T the temperature;
+    no T^2 inside. By `kind`:
+        forward_kl       KL(P || Q)
+        reverse_kl       KL(Q || P)
+        jsd              beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q
+        skew_forward_kl  KL(P || beta P + (1 - beta) Q)
+        skew_reverse_kl  KL(Q || beta Q + (1 - beta) P)
+        tvd              sum_v |P_v - Q_v| / 2
+        cross_entropy    -log Q[label], 0 where the label is -100; reads no teacher (give None)
+    Gradients go to student_hidden and student_weight. A row of weight 0 is never read. Raises
+    ValueError for an unknown kind, unequal vocabularies or numbers of rows, beta outside (0, 1) for
+    a mixture, labels missing or given to another kind. Agarwal et al. 2024 (arXiv 2306.13649) for
+    jsd, Ko et al. 2024 (arXiv 2402.03898) for the skewed ones.
+    """
+    choose(backend)
+    check_positive("temperature", temperature)
+    _check_kind(kind, beta, labels)
+    _check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
+    weight = torch.ones_like(student_hidden[:, 0]) if row_weight is None else row_weight.detach()
+    keep = weight != 0 if labels is None else (weight != 0) & (labels != -100)
+    student = gram(drop_masked(student_hidden, keep), student_weight, 1 / temperature)
+    if kind == "cross_entropy":
+        rows = F.cross_entropy(student, labels, ignore_index=-100, reduction="none")
+    else:
+        _check_vocabularies(student_weight, teacher_weight)
+        hidden = drop_masked(teacher_hidden.detach(), keep)
+        teacher = gram(hidden, teacher_weight.detach(), 1 / temperature)
+        rows = _divergence(kind, teacher, student, beta)
+    return (rows * weight.to(rows.dtype)).sum()
+
+
+def _divergence(
+    kind: str, teacher: Tensor, student: Tensor, beta: float
+) -> Tensor:  # [N, V] twice -> [N]
+    if kind == "forward_kl":
+        return row_kl(teacher, student)
+    if kind == "reverse_kl":
+        return row_kl(student, teacher)
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    if kind == "jsd":
+        mixture = _log_mixture(log_p, log_q, beta)
+        return beta * row_kl(log_p, mixture) + (1 - beta) * row_kl(log_q, mixture)
+    if kind == "skew_forward_kl":
+        return row_kl(log_p, _log_mixture(log_p, log_q, beta))
+    if kind == "skew_reverse_kl":
+        return row_kl(log_q, _log_mixture(log_q, log_p, beta))
+    assert kind == "tvd", kind
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def _log_mixture(log_first: Tensor, log_second: Tensor, beta: float) -> Tensor:
+    """log(beta * first + (1 - beta) * second), a mixture of probabilities."""
+    return torch.logaddexp(log_first + math.log(beta), log_second + math.log1p(-beta))
+
+
+def _check_kind(kind: str, beta: float, labels: Tensor | None) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}; it must be one of {', '.join(KINDS)}.")
+    if kind in MIXTURES and not 0 < beta < 1:
+        raise ValueError(
+            f"beta={beta} with kind={kind!r}; it must lie between 0 and 1, both excluded. For the "
+            "plain divergences use kind='forward_kl' or 'reverse_kl'."
+        )
+    if (kind == "cross_entropy") != (labels is not None):
+        raise ValueError(
+            f"kind={kind!r} with labels {'missing' if labels is None else 'given'}; labels belong "
+            "to cross_entropy and only to it. To leave rows out of another kind give row_weight "
+            "0 there."
+        )
+
+
+def _check_rows(rows: int, **given: Tensor | None) -> None:
+    for name, value in given.items():
+        if value is not None and len(value) != rows:
+            raise ValueError(
+                f"the student has {rows} rows and {name} {len(value)}; they must be the same."
+            )
+
+
+def _check_vocabularies(student_weight: Tensor, teacher_weight: Tensor | None) -> None:
+    if teacher_weight is None:
+        raise ValueError("no teacher is given; only kind='cross_entropy' reads none.")
+    if len(student_weight) != len(teacher_weight):
+        raise ValueError(
+            f"the student's vocabulary has {len(student_weight)} entries and the teacher's "
+            f"{len(teacher_weight)}; they must be the same. Cut both weights to the entries that "
+            "mean the same token in both."
+        )

@@ -1,0 +1,69 @@
+"""What rows share: their precision, their masks, and the KL of two rows of scores."""
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp32, or float64 where it came so."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gram(
+    left: Tensor, right: Tensor, scale: float
+) -> Tensor:  # [..., M, D], [..., N, D] -> [..., M, N]
+    # Under autocast the product would be 16 bit, too coarse for the difference of two scores.
+    with torch.autocast(left.device.type, enabled=False):
+        return widen(left) @ widen(right).mT * scale
+
+
+def keep_or_all(mask: Tensor | None, like: Tensor, dims: int) -> Tensor:
+    """`mask`, checked against the first `dims` sizes of `like`; all True where there is none."""
+    shape = like.shape[:dims]
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of shape "
+            f"{tuple(shape)}, True where it counts (for a Hugging Face attention mask: "
+            "attention_mask.bool())."
+        )
+    return mask
+
+
+def drop_masked(x: Tensor, keep: Tensor) -> Tensor:  # [..., D], [...] -> [..., D]
+    """Zero where not kept: not even NaN in padding reaches a value or a gradient."""
+    return torch.where(keep.unsqueeze(-1), widen(x), 0.0)
+
+
+def token_pairs(keep: Tensor, causal: bool) -> Tensor:  # [B, L] -> [B, 1, L, L]
+    """True where row i may look at key j: both are real and, where causal, j <= i."""
+    allowed = keep[:, None, :, None] & keep[:, None, None, :]
+    return allowed.tril() if causal else allowed
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value}; it must be greater than 0.")
+
+
+def row_kl(
+    p_scores: Tensor, q_scores: Tensor, allowed: Tensor | None = None
+) -> Tensor:  # [..., N] twice -> [...]
+    """KL(P || Q), P = softmax(p_scores), Q = softmax(q_scores) over the allowed entries.
+
+    0 where none is allowed. KL = sum_j P_j (p_j - q_j) - lse(p) + lse(q): its value and its
+    gradient Q - P are exactly 0 where the scores are the same, which differences of log-softmax
+    do not reach.
+    """
+    if allowed is not None:
+        p_scores = p_scores.masked_fill(~allowed, torch.finfo(p_scores.dtype).min)
+        q_scores = q_scores.masked_fill(~allowed, torch.finfo(q_scores.dtype).min)
+    # The difference of two lse keeps its digits only if neither is large.
+    p_scores = p_scores - p_scores.detach().amax(-1, keepdim=True)
+    q_scores = q_scores - q_scores.detach().amax(-1, keepdim=True)
+    p_lse, q_lse = p_scores.logsumexp(-1), q_scores.logsumexp(-1)
+    p = (p_scores - p_lse.unsqueeze(-1)).exp()
+    # Where P is 0 the gap may be inf - inf.
+    gap = torch.where(p > 0, p_scores - q_scores, 0.0)
+    return (p * gap).sum(-1) - p_lse + q_lse

@@ -1,0 +1,86 @@
+"""How the sample-to-sample similarities of teacher and student differ, over the global batch."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlkd_kernels._backend import choose
+from mlkd_kernels._gather import gather, gather_mask, own_indices, total
+from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, widen
+
+
+def similarity_mse(
+    student: Tensor,  # [N, ds]
+    teacher: Tensor,  # [N, dt]
+    *,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # scalar
+    """Mean over i, j of (s_ij - t_ij)^2, the cosines of vectors i and j of student and teacher.
+
+    Without `normalize` s_ij and t_ij are the plain inner products. With `group` the batch is that
+    of all its ranks, equally many samples each: every rank returns the same value, and a rank's
+    samples receive the gradient of that value. Raises ValueError where the numbers of samples
+    differ. Tung, Mori 2019 (arXiv 1907.09682); our reading: the vectors are normalised, not the
+    rows of the similarity matrix.
+    """
+    _check_samples(student, teacher)
+    student, teacher = (_scores(x, normalize, 1.0, group) for x in (student, teacher.detach()))
+    return total((student - teacher).square().sum() / student.shape[1] ** 2, group)
+
+
+def similarity_kl(
+    student: Tensor,  # [N, ds]
+    teacher: Tensor,  # [N, dt]
+    *,
+    temperature: float = 1.0,
+    normalize: bool = True,
+    mask: Tensor | None = None,  # [N] bool, True where a sample counts
+    diagonal: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [N]
+    """KL(P_i || Q_i) for every sample i, P_i = softmax_j(cos(t_i, t_j) / temperature).
+
+    Q_i is the student's likewise. Without `normalize` the score is
+    <x_i, x_j> / (sqrt(width) * temperature). No T^2 inside. A masked sample is neither row nor
+    column; `diagonal=False` leaves out j = i; a row without columns is 0. With `group` the columns
+    are the samples of all its ranks, equally many each, and the rows this rank's own;
+    backpropagating every rank's rows gives a sample the gradient of the sum over all ranks. Raises
+    ValueError where the numbers of samples differ. Zhang, Yang, Ji 2024 (arXiv 2407.02775), L_SS.
+    """
+    choose(backend)
+    check_positive("temperature", temperature)
+    _check_samples(student, teacher)
+    keep = keep_or_all(mask, student, 1)
+    allowed = keep[:, None] & gather_mask(keep, group)
+    if not diagonal:
+        own = own_indices(student, group)
+        allowed = allowed & (own[:, None] != torch.arange(allowed.shape[1], device=own.device))
+    scale = 1 / temperature
+    student, teacher = (
+        _scores(
+            drop_masked(x, keep),
+            normalize,
+            scale if normalize else scale * x.shape[1] ** -0.5,
+            group,
+        )
+        for x in (student, teacher.detach())
+    )
+    return row_kl(teacher, student, allowed)
+
+
+def _scores(
+    x: Tensor, normalize: bool, scale: float, group: dist.ProcessGroup | None
+) -> Tensor:  # [n, d] -> [n, N]
+    x = F.normalize(widen(x), dim=-1) if normalize else widen(x)
+    return gram(x, gather(x, group), scale)
+
+
+def _check_samples(student: Tensor, teacher: Tensor) -> None:
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
+        raise ValueError(
+            f"student is {tuple(student.shape)} and teacher {tuple(teacher.shape)}; both must be "
+            "[samples, width] with the same number of samples."
+        )

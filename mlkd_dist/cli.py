@@ -1,0 +1,65 @@
+"""`mlkd`: distill, finetune, evaluate. Outside a launcher it starts deepspeed's for more than one process."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+from mlkd_dist import __version__
+from mlkd_dist.config import Config, UserError, load
+
+HELP = {
+    "distill": "distil a student from a teacher, stage by stage",
+    "finetune": "train the teacher of a config on the task's labels",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mlkd", description="Multi-level knowledge distillation, sharded.")
+    parser.add_argument("--version", action="version", version=f"mlkd_dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in HELP.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help="a YAML file; see configs/")
+        command.add_argument("settings", nargs="*", metavar="key=value", help="over the file, for example optim.lr=1e-4")
+    given = parser.parse_args()
+    try:
+        config = load(given.config, given.settings)
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+    words = [*(["--finetune"] if given.command == "finetune" else []), given.config, *given.settings]
+    if config.launch.processes > 1 and "RANK" not in os.environ:
+        return launch(config, words)
+    # Heavy imports only once the config is known to be good.
+    from mlkd_dist.distill import main as program
+
+    return program(words)
+
+
+def launch(config: Config, words: list[str]) -> int:
+    """The program under the deepspeed launcher, on this machine."""
+    import torch
+
+    from mlkd_dist.engine import free_port
+
+    processes = config.launch.processes
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        if processes > torch.cuda.device_count():
+            print(
+                f"mlkd: error: launch.processes: {processes} is more than the {torch.cuda.device_count()} GPUs here.",
+                file=sys.stderr,
+            )
+            return 2
+    else:
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Each process would else start a thread per core.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    command += ["--num_accelerators", str(processes), "--master_port", str(free_port())]
+    return subprocess.call([*command, "--module", "mlkd_dist.distill", *words], env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

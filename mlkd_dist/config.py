@@ -1,0 +1,286 @@
+"""Every setting of a run, what it means, and what is allowed. Imports neither torch nor deepspeed.
+
+A run's config is: the defaults below <- a YAML file <- `key=value` words of the command line. Whatever is
+wrong with it is a UserError, one message that says what was given, what is allowed and what to do.
+"""
+
+import difflib
+import importlib.util
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """A mistake of the person who runs the program, told in one message; the program exits with code 2."""
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs/run"
+    """Folder that receives everything the run writes."""
+    seed: int = 0
+    """Seed of data order, initialisation and dropout."""
+    overwrite: bool = False
+    """Replace what an earlier run left in `dir`; without it such a folder is refused."""
+
+
+@dataclass
+class LaunchConfig:
+    processes: int = 1
+    """Processes on this machine; with more than one `mlkd` starts the deepspeed launcher."""
+
+
+@dataclass
+class FinetuneConfig:
+    steps: int | None = None
+    """Optimizer steps; give either steps or epochs."""
+    epochs: float | None = None
+    """Passes over the training data; give either steps or epochs."""
+    lr: float = 5e-5
+    """Peak learning rate."""
+    dir: str | None = None
+    """Run folder of the fine-tuning; default `<run.dir>-teacher`. A finished one made by the same settings is reused."""
+
+
+@dataclass
+class TeacherConfig:
+    path: str | None = None
+    """Hugging Face folder, `package:NAME/sub/path`, or hub name."""
+    finetune: FinetuneConfig | None = None
+    """Fine-tune `path` on the task's labels first and distil from the result."""
+    dtype: str = "bf16"
+    """Type of the weights: fp32 or bf16."""
+    zero_stage: int = 3
+    """0: every process holds the whole teacher. 3: its weights are sharded over the processes."""
+    offload: str = "none"
+    """Where sharded weights rest: none (on the device) or cpu. Needs zero_stage 3."""
+    attention: str = "sdpa"
+    """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or flash_attention_3."""
+
+
+@dataclass
+class FromTeacherConfig:
+    layers: Any = None
+    """How many teacher layers to keep, spread uniformly, or the list of their numbers (the first layer is 0)."""
+    heads: int | None = None
+    """Attention heads of the student; any number that divides its hidden size. Default: as the teacher."""
+    hidden: int | None = None
+    """Hidden size of the student. Narrower keeps the leading coordinates of every weight. Default: as the teacher."""
+
+
+@dataclass
+class StudentConfig:
+    path: str | None = None
+    """Hugging Face folder, `package:NAME/sub/path`, or hub name; or make the student with from_teacher."""
+    from_teacher: FromTeacherConfig | None = None
+    """Cut the student out of the teacher."""
+    dtype: str = "fp32"
+    """Type of the weights in forward and backward: fp32, or bf16 with fp32 master weights."""
+    zero_stage: int = 2
+    """What DeepSpeed shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload: str = "none"
+    """Where the optimizer state rests: none (on the device) or cpu. Needs zero_stage 1 to 3."""
+    attention: str = "sdpa"
+    """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or flash_attention_3."""
+    activation_checkpointing: str = "none"
+    """none, or non_reentrant: recompute activations in the backward pass."""
+    dropout: bool = True
+    """Keep the dropout that the model's own config asks for; false turns it off."""
+
+
+@dataclass
+class TaskConfig:
+    kind: str = "embedding"
+    """embedding, classification or masked_lm."""
+    pooling: str | None = None
+    """embedding: how a sentence vector is made: mean (default), cls or last."""
+    labels: int | None = None
+    """classification: number of classes; default: that of the teacher's head."""
+    mask_probability: float | None = None
+    """masked_lm: share of the tokens that are hidden (default 0.15)."""
+
+
+@dataclass
+class DataConfig:
+    train: str = "???"
+    """A .jsonl, .txt or .parquet file, `package:NAME/sub/path`, `builtin:python_docs`, or hub name `name:config@split`."""
+    validation: str | None = None
+    """Held-out text, as `train`; default: `validation_fraction` of the training rows."""
+    validation_fraction: float = 0.05
+    """Share of the training rows that is held out where `validation` is not given."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of the second text, for sentence pairs."""
+    label: str = "label"
+    """Column of the class number, for classification."""
+    max_length: int = 128
+    """Tokens after which a text is cut."""
+    pack: bool = False
+    """Pack several texts into one sequence; not available for these tasks."""
+    workers: int = 0
+    """Processes per rank that collate batches; 0 collates in the training process."""
+    cache: str | None = None
+    """Folder of the tokenised data; default $MLKD_CACHE, else ~/.cache/mlkd_dist."""
+
+
+@dataclass
+class StageConfig:
+    name: str = "distill"
+    """Name in logs."""
+    steps: int | None = None
+    """Optimizer steps; give either steps or epochs."""
+    epochs: float | None = None
+    """Passes over the training data; give either steps or epochs."""
+    losses: dict[str, Any] = field(default_factory=dict)
+    """Loss name -> its options; those of every loss are in TermConfig, its own in mlkd_dist/losses/<name>.py."""
+    layers: Any = "uniform"
+    """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
+    lr: float | None = None
+    """Peak learning rate of this stage; default optim.lr."""
+
+
+@dataclass
+class TermConfig:
+    """What can be said of any loss, beside its own options."""
+
+    weight: float = 1.0
+    """Factor of this loss in the sum."""
+    layers: Any = None
+    """Layer map of this loss; default: that of the stage."""
+    sum_layers: str = "sum"
+    """How layer pairs are put together: sum (our reading of the paper) or mean."""
+    average: str = "sample"
+    """How token rows are averaged: sample (mean in each sample, then over samples; our reading) or token."""
+    project: str = "auto"
+    """Learned map to the teacher's width: auto (only where the widths differ) or always."""
+    shared_projection: bool = True
+    """One map for all layers (our reading), or one per layer pair."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-5
+    """Peak learning rate."""
+    warmup: float = 0.1
+    """Warm-up: a share of the stage's steps if under 1, else a number of steps."""
+    schedule: str = "linear"
+    """linear (to 0), cosine (to 0) or constant, after the warm-up."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; biases and norms have none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class BatchConfig:
+    micro_batch: int = 16
+    """Samples per process and forward pass."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step."""
+    evaluation: int = 32
+    """Samples per process and forward pass when evaluating."""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    log_every: int = 10
+    """Optimizer steps between two log lines."""
+    kernels: str = "auto"
+    """Backend of the losses: auto, triton, streamed or eager."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Merged last into the DeepSpeed JSON of the student."""
+    trust_remote_code: bool = False
+    """Let model folders run their own Python code."""
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """` (did you mean 'x'?)` where something in `allowed` is like `word`, else nothing."""
+    close = difflib.get_close_matches(str(word), allowed, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def resolve_path(path: str) -> str:
+    """`package:NAME/sub/path` as a path inside the installed package; anything else unchanged."""
+    if not path.startswith("package:"):
+        return path
+    name, _, inside = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path!r}: there is no installed Python package {name!r}; install it into this environment.")
+    found = Path(spec.submodule_search_locations[0]) / inside
+    if not found.exists():
+        raise UserError(f"{path!r}: the package {name!r} is installed but has no {inside!r}.")
+    return str(found)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Defaults <- YAML <- `key=value`, checked. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"config {str(path)!r}: no such file.")
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"config {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, DictConfig):
+        raise UserError(f"config {str(path)!r} must hold keys and values; it is empty or a list.")
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {word!r}: settings are given as key=value, for example optim.lr=1e-4.")
+        try:
+            OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else None, force_add=True)
+        except Exception as error:
+            raise UserError(f"argument {word!r}: {str(error).splitlines()[0]}") from error
+    return from_mapping(given)
+
+
+def from_mapping(given: Any) -> Config:
+    """A checked Config of a mapping of keys."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(explain(error)) from error
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises UserError for values, combinations or models that do not go together; see validate.py."""
+    # Imported here since it needs the classes above.
+    from mlkd_dist.validate import validate
+
+    validate(config)
+
+
+def explain(error: Exception) -> str:
+    """One sentence of an OmegaConf error: the full key, what was wrong, the keys that exist there."""
+    key, owner = getattr(error, "full_key", None), getattr(error, "object_type", None)
+    said = str(error).splitlines()[0].rstrip(".")
+    if "missing mandatory value" in said:
+        said = "this key must be given"
+    elif isinstance(error, ConfigKeyError) and is_dataclass(owner):
+        allowed = [f.name for f in fields(owner)]
+        said = f"no such key{nearest(error.key, allowed)}; allowed here: {', '.join(allowed)}"
+    return f"{key or 'config'}: {said}."
+
+
+def save(config: Config, path: Path) -> None:
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,192 @@
+"""The only file that knows DeepSpeed: processes, sharded loading, the engines, whole weights, small collectives."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Set before deepspeed is imported: it decides there which device it serves.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_log_level_from_string
+from transformers.integrations import HfDeepSpeedConfig
+
+from mlkd_dist.config import Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Engine = deepspeed.DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the processes that a launcher started, or be the only one."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    os.environ.setdefault("LOCAL_SIZE", os.environ["WORLD_SIZE"])
+    set_log_level_from_string("error", deepspeed_logger)
+    # DeepSpeed's CPU build of this op takes a minute of g++ at every start and saves nothing that we use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor: Tensor) -> Tensor:  # [...] -> [world, ...]
+    """Of equal shapes; carries no gradient."""
+    gathered = tensor.new_empty(dist.get_world_size(), *tensor.shape)
+    dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """What the first process has."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every process has, in order of rank."""
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, value)
+    return boxes
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+@contextmanager
+def sharded_loading(zero_stage: int, ds_config: dict[str, Any]) -> Iterator[None]:
+    """While open, `from_pretrained` shards what it loads if the stage is 3. transformers keeps this setting in a
+    process-wide weak reference, so it is held for one load only and cannot leak into the next model."""
+    holder = HfDeepSpeedConfig(ds_config) if zero_stage == 3 else None
+    try:
+        yield
+    finally:
+        del holder
+
+
+def frozen_config(dtype: str, zero_stage: int, offload: str) -> dict[str, Any]:
+    zero = {"stage": zero_stage} | ({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bf16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def frozen_engine(model: nn.Module, ds_config: dict[str, Any]) -> Engine:
+    """An engine without optimizer; it exists at ZeRO 0 and 3 only."""
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    engine.eval()
+    return engine
+
+
+def student_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON that the config stands for; `deepspeed:` is merged last."""
+    student, batch = config.student, config.batch
+    zero: dict[str, Any] = {"stage": student.zero_stage}
+    if student.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    derived = {
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.grad_accum,
+        # DeepSpeed clips at 1.0 where nothing is said.
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": zero,
+        "bf16": {"enabled": student.dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    return merged(derived, config.deepspeed)
+
+
+def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`extra` over `base`, also inside blocks."""
+    out = dict(base)
+    for key, value in extra.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def student_engine(
+    module: nn.Module, config: Config, schedule: Callable[[torch.optim.Optimizer], Any], lr: float
+) -> Engine:
+    """The engine that trains `module`, with AdamW and a learning-rate schedule built from its optimizer."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # Under ZeRO-3 a parameter lies empty between uses; ds_shape is what it is when gathered.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=tuple(config.optim.betas),
+        eps=config.optim.eps,
+        fused=torch.cuda.is_available() and config.student.offload == "none",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=schedule, config=student_config(config)
+    )
+    return engine
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor] | None:
+    """The weights of a module on the first process, in CPU memory, gathered one by one where they are sharded.
+    Every process must call this."""
+    first = dist.get_rank() == 0
+    weights = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        sharded = [tensor] if hasattr(tensor, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(sharded):
+            if first:
+                weights[name] = tensor.detach().cpu().clone()
+    return weights if first else None

@@ -1,0 +1,34 @@
+"""One file per loss: its name is the loss's key in a config and the function inside.
+
+A loss reads traces and returns one number per row, fp32 (float64 where its inputs are), and nothing
+else: which rows count, their weights, sums and averages are the objective's. Padding never changes
+the value of a real row and never yields NaN. Five constants say how it is called; the keyword-only
+arguments, with literal defaults, are its options:
+
+    ROWS        what one row is: "token", "sample" or "label"
+    SCOPE       "trace": called with the Traces; "layer": with Layers, once per layer pair;
+                "batch": with the Samples of the global batch
+    READS       what it reads, by the names of trace.py; with an option `of`, only what `of` names
+    TEACHER     False: it reads no teacher and is called with the student's side only
+    PROJECTION  True: the student's side may first pass a learned map to the teacher's width
+
+The constants and signatures are read without importing the file, so they are literals. `backend`,
+where a loss has it, is filled from the run's `kernels`.
+"""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def load(name: str) -> Callable[..., Tensor]:
+    """The function of the loss `name`. Raises ValueError where there is no such loss."""
+    if name not in names():
+        raise ValueError(f"there is no loss {name!r}; choose from {', '.join(names())}.")
+    return getattr(importlib.import_module(f"{__name__}.{name}"), name)

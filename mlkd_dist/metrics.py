@@ -1,0 +1,147 @@
+"""What a run shows while it trains: sums kept on the device, one flush per interval to the terminal, to metrics.jsonl
+and to TensorBoard."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mlkd_dist.engine import Engine, World, all_reduce
+
+
+class Clock:
+    """Seconds of parts of a step. On a GPU by events, so that nothing waits until the seconds are asked for."""
+
+    def __init__(self, device: torch.device):
+        self.events = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        if not self.events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.spans.append((start, self.now()))
+
+    def seconds(self) -> float:
+        """Of all spans since the last call."""
+        if self.events:
+            torch.cuda.synchronize()
+            total = sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+        else:
+            total = sum(end - start for start, end in self.spans)
+        self.spans.clear()
+        return total
+
+
+class Metrics:
+    """One stage of a run; steps are counted over all stages."""
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        stage: str,
+        terms: list[str],
+        weights: list[float],
+        first_step: int,
+        steps: int,
+        log_every: int,
+        backend: str,
+    ):
+        self.world, self.stage, self.terms, self.backend = world, stage, terms, backend
+        self.first_step, self.steps, self.log_every = first_step, steps, log_every
+        self.weights = torch.tensor(weights)
+        self.teacher_clock = Clock(world.device)
+        self.sums = torch.zeros(len(terms), device=world.device)
+        self.samples = torch.zeros((), device=world.device)
+        self.since, self.pending = time.perf_counter(), 0
+        self.terminal = sys.stderr.isatty()
+        if world.first:
+            self.file = (folder / "metrics.jsonl").open("a")
+            self.board = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            self.bar = tqdm(total=steps, desc=stage, disable=not self.terminal, unit="step")
+
+    def add(self, shares: Tensor) -> None:  # [terms]
+        """One micro-batch's share of every term."""
+        self.sums += shares
+
+    def step(self, engine: Engine, step: int, lr: float, samples: Tensor) -> None:
+        """Optimizer step number `step` of this stage, from 0, is done; `samples` of all processes counted in it."""
+        self.samples += samples
+        self.pending += 1
+        if self.world.first:
+            self.bar.update()
+        if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
+            self.flush(engine, step, lr)
+
+    def flush(self, engine: Engine, step: int, lr: float) -> None:
+        """Means over the steps since the last flush. The only place where the host waits for the device."""
+        values = (all_reduce(self.sums) / self.pending).cpu()
+        seconds = time.perf_counter() - self.since
+        teacher = self.teacher_clock.seconds()
+        norm = engine.get_global_grad_norm()
+        if self.world.first:
+            row = {"loss/total": float((values * self.weights).sum())}
+            row |= {f"loss/{name}": float(value) for name, value in zip(self.terms, values, strict=True)}
+            row |= {
+                "lr": lr,
+                "grad_norm": None if norm is None else float(norm),
+                "rows_per_s": float(self.samples) / seconds,
+                "teacher_share": teacher / seconds,
+                "peak_gib": peak_gib(self.world.device),
+            }
+            self.write(self.first_step + step, row)
+            self.show(step, row)
+        self.sums.zero_()
+        self.samples.zero_()
+        self.since, self.pending = time.perf_counter(), 0
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        head = {"step": step, "stage": self.stage}
+        self.file.write(json.dumps(head | row | {"backend": self.backend}) + "\n")
+        self.file.flush()
+        for tag, value in row.items():
+            if value is not None:
+                self.board.add_scalar(tag, value, step)
+
+    def show(self, step: int, row: dict[str, Any]) -> None:
+        losses = "  ".join(f"{key.removeprefix('loss/')} {row[key]:.4g}" for key in row if key.startswith("loss/"))
+        if self.terminal:
+            self.bar.set_postfix_str(losses)
+            return
+        rate = self.bar_rate()
+        left = tqdm.format_interval((self.steps - step - 1) / rate)
+        print(f"{self.stage} {step + 1}/{self.steps}  {losses}  {row['rows_per_s']:.0f} rows/s  left {left}", flush=True)
+
+    def bar_rate(self) -> float:
+        """Steps per second in this interval."""
+        return self.pending / (time.perf_counter() - self.since)
+
+    def close(self) -> None:
+        if self.world.first:
+            self.bar.close()
+            self.file.close()
+            self.board.close()
+
+
+def peak_gib(device: torch.device) -> float:
+    """Largest memory so far: of the device's tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,120 @@
+"""Reading Hugging Face models: their config, tokenizer and weights, whole or cut to fewer layers."""
+
+import copy
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mlkd_dist.config import UserError, resolve_path
+from mlkd_dist.engine import DTYPES, sharded_loading
+from mlkd_dist.trace import TAP, check_readable
+
+
+def quiet() -> None:
+    """transformers reports on each load what we check ourselves."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path!r}: its config cannot be read: {first_line(error)}") from error
+
+
+def read_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {path!r}: its tokenizer cannot be read: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def refuse_other_tokenizer(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_path: str, student_path: str
+) -> None:
+    """Both models see the same token ids, so these must mean the same to both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    if different:
+        shown = ", ".join(repr(token) for token in different[:3])
+        raise UserError(
+            f"teacher {teacher_path!r} and student {student_path!r} have different tokenizers: {len(different)} tokens "
+            f"differ, among them {shown}; use a student with the teacher's tokenizer, or student.from_teacher."
+        )
+    sample = "The same text, split & marked the same way: naïve #42!"
+    if student(sample)["input_ids"] != teacher(sample)["input_ids"]:
+        raise UserError(
+            f"teacher {teacher_path!r} and student {student_path!r} have the same vocabulary but split or mark text "
+            "differently (lower case, or special tokens); use a student with the teacher's tokenizer."
+        )
+
+
+def cut_layers(config: PreTrainedConfig, picks: list[int]) -> PreTrainedConfig:
+    """A copy of the config for a model of these layers only, with every per-layer list of it cut the same way."""
+    config = copy.deepcopy(config)
+    layers = config.num_hidden_layers
+    per_layer = {
+        name: [value[i] for i in picks]
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == layers and not name.startswith("_")
+    }
+    config.num_hidden_layers = len(picks)
+    for name, value in per_layer.items():
+        setattr(config, name, value)
+    return config
+
+
+def load_model(
+    model_class: Any,
+    path: str,
+    *,
+    config: PreTrainedConfig,
+    dtype: str,
+    attention: str,
+    zero_stage: int = 0,
+    ds_config: dict[str, Any] | None = None,
+    new_head: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """With the tap in place, and sharded while loading at ZeRO 3. Weights that the folder lacks are refused, but for
+    a head that is to be trained (`new_head`) and a pooler, which no loss reads."""
+    if getattr(config, "attn_logit_softcapping", None) and attention != "eager":
+        raise UserError(f"model {path!r} caps its attention scores, which {attention} leaves out; set attention: eager.")
+    with sharded_loading(zero_stage, ds_config or {}):
+        try:
+            model, info = model_class.from_pretrained(
+                resolve_path(path),
+                config=copy.deepcopy(config),
+                dtype=DTYPES[dtype],
+                attn_implementation=TAP + attention,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
+    try:
+        check_readable(model, path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    prefix = model.base_model_prefix + "."
+    inside = [name for name in missing if model_class is AutoModel or name.startswith(prefix)]
+    if inside or (missing and not new_head):
+        raise UserError(
+            f"model {path!r} has no weights for {missing[0]} ({len(missing)} missing in all); use a model trained for "
+            "this task, or make one with teacher.finetune."
+        )
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Each shared weight once; under ZeRO-3 the whole, not this process's part."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

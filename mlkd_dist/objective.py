@@ -1,0 +1,265 @@
+"""The losses of a stage, put together: terms -> rows -> one weighted sum, divided once by the rows of all processes.
+
+A loss returns one number per row. Here rows that do not count are left out, the rest are summed, and the sum is divided by
+the number of rows that count in the whole step: all micro-batches of all processes. So the update does not depend on how
+the samples of a step are spread over processes and micro-batches.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlkd_dist.engine import World, all_gather, all_reduce
+from mlkd_dist.layer_map import Pairs, layer_pairs
+from mlkd_dist.losses import load
+from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import LAYER_READS, Needs, Samples, Trace
+from mlkd_dist.validate import LossSchema, loss_schema
+
+ROW_KINDS = ("token", "sample", "label")
+# Options that this file acts on; the rest go to the loss.
+COMMON = ("weight", "layers", "sum_layers", "average", "project", "shared_projection")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What of a model its losses and projections depend on."""
+
+    hidden: int
+    layers: int
+
+
+@dataclass
+class Term:
+    """One loss of a stage."""
+
+    name: str
+    options: dict[str, Any]
+    backend: str
+    pairs: Pairs
+    schema: LossSchema = field(init=False)
+    function: Callable[..., Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.schema = loss_schema(self.name)
+        function = load(self.name)
+        own = {key: value for key, value in self.options.items() if key not in COMMON}
+        if "backend" in inspect.signature(function).parameters:
+            own["backend"] = self.backend
+        self.function = lambda *read: function(*read, **own)
+
+    @property
+    def divisor(self) -> str:
+        """Which of ROW_KINDS the sum is divided by."""
+        return "sample" if self.options.get("average") == "sample" else self.schema.rows
+
+    def needs(self, side: int) -> Needs:
+        """Of the student (side 0) or the teacher (side 1)."""
+        if side == 1 and not self.schema.teacher:
+            return Needs()
+        reads = frozenset(self.schema.read_by(self.options))
+        if self.schema.scope != "layer":
+            return Needs(model=reads)
+        assert reads <= set(LAYER_READS), reads
+        return Needs(layers={pair[side]: reads for pair in self.pairs})
+
+    def projection_key(self, student_layer: int | None = None) -> str:
+        shared = student_layer is None or self.options["shared_projection"]
+        return self.name if shared else f"{self.name}_{student_layer}"
+
+
+@dataclass
+class Peers:
+    """The sample vectors of a whole step, [world, micro-batches, B, D] for each term over the batch. Those of the
+    student are None where each process has one micro-batch: its forward gathers them then."""
+
+    student: dict[str, Tensor | None]
+    teacher: dict[str, Tensor]
+    keep: Tensor  # [world, micro-batches, B] bool
+    labels: Tensor | None  # [world, micro-batches, B]
+
+
+class Objective:
+    """The losses of one stage for one pair of models."""
+
+    def __init__(
+        self,
+        losses: dict[str, dict[str, Any]],
+        layers: Any,
+        student: Widths,
+        teacher: Widths | None,
+        backend: str,
+        world: World,
+    ):
+        self.world, self.student, self.teacher = world, student, teacher
+        self.terms = [
+            Term(name, options, backend, self.pairs_of(name, options, layers)) for name, options in losses.items()
+        ]
+
+    def pairs_of(self, name: str, options: dict[str, Any], layers: Any) -> Pairs:
+        if loss_schema(name).scope != "layer":
+            return []
+        return layer_pairs(options["layers"] or layers, self.student.layers, self.teacher.layers)
+
+    @property
+    def names(self) -> list[str]:
+        return [term.name for term in self.terms]
+
+    @property
+    def batch_terms(self) -> list[Term]:
+        """Terms that compare the samples of the whole step with one another."""
+        return [term for term in self.terms if term.schema.scope == "batch"]
+
+    def needs(self, side: int) -> Needs:
+        needs = Needs()
+        for term in self.terms:
+            needs = needs.union(term.needs(side))
+        return needs
+
+    @property
+    def reads_teacher(self) -> bool:
+        return any(term.schema.teacher for term in self.terms)
+
+    def projections(self) -> nn.ModuleDict:
+        """Learned maps from the student's width to the teacher's. They start as the identity on the leading
+        coordinates, so that no random number is drawn and a student cut out of its teacher starts where it was."""
+        maps = nn.ModuleDict()
+        for term in self.terms:
+            if not term.schema.projection:
+                continue
+            if term.options["project"] == "auto" and self.student.hidden == self.teacher.hidden:
+                continue
+            for layer in [pair[0] for pair in term.pairs] or [None]:
+                linear = nn.Linear(self.student.hidden, self.teacher.hidden, bias=False)
+                nn.init.eye_(linear.weight)
+                maps[term.projection_key(layer)] = linear
+        return maps
+
+    def global_rows(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """How many rows count in this step, over all micro-batches and processes. One small all-reduce."""
+        counts = torch.stack(
+            [
+                torch.stack([batch.mask.sum(), batch.keep.sum(), (batch.label_keep).sum()]).to(torch.int64)
+                for batch in batches
+            ]
+        ).sum(0)
+        counts = all_reduce(counts).clamp_min(1).float()
+        return dict(zip(ROW_KINDS, counts.unbind(), strict=True))
+
+    def peers(self, batches: list[Batch], seen: list[Trace], student: list[dict[str, Tensor]] | None) -> Peers | None:
+        """Gathers the sample vectors of the step from all processes; None where no term asks for them."""
+        if not self.batch_terms:
+            return None
+
+        def gathered(per_batch: list[Tensor]) -> Tensor:
+            return all_gather(torch.stack([tensor.detach() for tensor in per_batch]))
+
+        teacher = {term.name: gathered([self.vector(term, trace) for trace in seen]) for term in self.batch_terms}
+        ours = {
+            term.name: gathered([vectors[term.name] for vectors in student]) if student else None
+            for term in self.batch_terms
+        }
+        labelled = batches[0].labels is not None and batches[0].labels.ndim == 1
+        labels = gathered([batch.labels for batch in batches]) if labelled else None
+        keep = gathered([batch.keep.to(torch.uint8) for batch in batches]).bool()
+        return Peers(ours, teacher, keep, labels)
+
+    @staticmethod
+    def vector(term: Term, trace: Trace) -> Tensor:  # [B, D]
+        return trace.vectors[term.options["of"]].float()
+
+    def student_vectors(self, trace: Trace, projections: nn.ModuleDict) -> dict[str, Tensor]:
+        """What the terms over the batch read of the student, in the width that they compare."""
+        return {
+            term.name: self.projected(term, projections)(self.vector(term, trace)).float() for term in self.batch_terms
+        }
+
+    @staticmethod
+    def projected(term: Term, projections: nn.ModuleDict, layer: int | None = None) -> Callable[[Tensor], Tensor]:
+        key = term.projection_key(layer) if term.schema.projection else None
+        if key not in projections:
+            return lambda tensor: tensor
+        return lambda tensor: projections[key](tensor.to(projections[key].weight.dtype))
+
+    def __call__(
+        self,
+        student: Trace,
+        teacher: Trace | None,
+        batch: Batch,
+        rows: dict[str, Tensor],
+        projections: nn.ModuleDict,
+        peers: Peers | None,
+        index: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of micro-batch number `index` for the backward pass, and this micro-batch's share of each term
+        ([terms], without weights) for the logs: the shares of a step sum to the terms of the global batch.
+
+        The engine averages gradients over processes, so the loss carries the number of processes as a factor.
+        """
+        losses, shares = [], []
+        for term in self.terms:
+            if term.schema.scope == "batch":
+                sums, share = self.batch_sums(term, student, projections, peers, index)
+            else:
+                sums = share = self.sums(term, student, teacher, batch, projections)
+            losses.append(term.options["weight"] * sums / rows[term.divisor])
+            shares.append(share.detach() / rows[term.divisor])
+        return torch.stack(losses).sum() * self.world.size, torch.stack(shares)
+
+    def sums(
+        self, term: Term, student: Trace, teacher: Trace | None, batch: Batch, projections: nn.ModuleDict
+    ) -> Tensor:
+        """The sum over the rows of this micro-batch of a term over traces or layers."""
+        weight = self.row_weight(term, batch)
+        if term.schema.scope == "trace":
+            read = (student, teacher) if term.schema.teacher else (student,)
+            return weighted_sum(term.function(*read), weight)
+        total = torch.zeros((), device=weight.device)
+        for ours, theirs in term.pairs:
+            read = (student.layers[ours], teacher.layers[theirs])
+            extra = (self.projected(term, projections, ours),) if term.schema.projection else ()
+            total = total + weighted_sum(term.function(*read, *extra), weight)
+        return total / len(term.pairs) if term.options["sum_layers"] == "mean" else total
+
+    @staticmethod
+    def row_weight(term: Term, batch: Batch) -> Tensor:  # [B] or [B, L]
+        if term.schema.rows == "label":
+            return batch.label_keep.float()
+        if term.schema.rows == "sample":
+            return batch.keep.float()
+        weight = batch.mask.float()
+        if term.divisor == "sample":
+            weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
+        return weight
+
+    def batch_sums(
+        self, term: Term, student: Trace, projections: nn.ModuleDict, peers: Peers, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """A term over the global batch: the sum over all its rows, and over those of this micro-batch.
+
+        Every process computes the whole batch, with gradient through its own micro-batch only. The gradients of all
+        micro-batches of all processes then add up to that of the whole, without a collective in the backward pass.
+        """
+        own = self.student_vectors(student, projections)[term.name]
+        rank = self.world.rank
+        everyone = peers.student[term.name]
+        everyone = all_gather(own.detach()).unsqueeze(1) if everyone is None else everyone.clone()
+        everyone[rank, index] = own
+        keep = peers.keep.flatten()
+        labels = None if peers.labels is None else peers.labels.flatten()
+        values = term.function(
+            Samples(everyone.flatten(0, 2), keep, labels), Samples(peers.teacher[term.name].flatten(0, 2), keep, labels)
+        )
+        values = torch.where(keep, values, 0.0)
+        return values.sum(), values.view(peers.keep.shape)[rank, index].sum()
+
+
+def weighted_sum(rows: Tensor, weight: Tensor) -> Tensor:
+    """[B], [B, L] or [B, R, L] rows, of which the heads R are averaged; rows without weight cannot matter."""
+    if rows.ndim > weight.ndim:
+        rows = rows.mean(1)
+    return (torch.where(weight > 0, rows, 0.0) * weight).sum()

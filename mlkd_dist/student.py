@@ -1,0 +1,184 @@
+"""The student: cut out of a teacher into a folder, and the module that trains it together with its projections."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mlkd_dist.config import FromTeacherConfig, StudentConfig, UserError
+from mlkd_dist.layer_map import layer_pairs
+from mlkd_dist.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
+from mlkd_dist.objective import Objective, Peers
+from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import Trace, capture, layer_modules
+
+# The width of the feed-forward block goes by many names.
+FEED_FORWARD = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")
+
+
+def make_student(model_class: Any, teacher_path: str, cut: FromTeacherConfig, out: Path, trust: bool = False) -> None:
+    """Write a student folder: some layers of the teacher, its heads regrouped or its width cut, the rest copied."""
+    config = read_config(teacher_path, trust)
+    picks = picked_layers(cut.layers, config.num_hidden_layers)
+    teacher = model_class.from_pretrained(resolve_path(teacher_path), trust_remote_code=trust)
+    student_config = cut_width(cut_heads(cut_layers(teacher.config, picks), cut.heads), cut.hidden)
+    # Weights that no teacher weight matches start as the model's own initialiser makes them.
+    torch.manual_seed(0)
+    student = model_class.from_config(student_config, dtype=teacher.dtype, trust_remote_code=trust)
+    copy_weights(teacher, student, picks)
+    student.save_pretrained(out)
+    read_tokenizer(teacher_path, trust).save_pretrained(out)
+
+
+def picked_layers(layers: int | list[int] | None, teacher_layers: int) -> list[int]:
+    """A number of layers is spread as the uniform layer map is, so that a layer starts as the one it learns from."""
+    if isinstance(layers, list):
+        return layers
+    return [teacher for _, teacher in layer_pairs("uniform", layers or teacher_layers, teacher_layers)]
+
+
+def cut_heads(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
+    """Regroup the same columns into another number of heads. Key and value heads keep their share of the heads."""
+    before = config.num_attention_heads
+    if heads is None or heads == before:
+        return config
+    kv_before = getattr(config, "num_key_value_heads", None) or before
+    width, kv_heads = before * head_dim(config), kv_before * heads // before
+    if width % heads or (kv_before != before and (kv_heads == 0 or kv_before * heads % before)):
+        raise UserError(
+            f"student.from_teacher.heads: {heads} does not fit a teacher of {before} heads and {kv_before} key heads "
+            f"over a width of {width}; use a number that divides {width} and keeps whole key heads."
+        )
+    config.num_attention_heads = heads
+    if getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = kv_heads
+    if getattr(config, "head_dim", None):
+        config.head_dim = width // heads
+    return config
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cut_width(config: PreTrainedConfig, hidden: int | None) -> PreTrainedConfig:
+    """A narrower model: the hidden size, the feed-forward width in proportion, the heads' width with them."""
+    before = config.hidden_size
+    if hidden is None or hidden == before:
+        return config
+    for name in FEED_FORWARD:
+        if getattr(config, name, None):
+            setattr(config, name, max(1, round(getattr(config, name) * hidden / before)))
+    if getattr(config, "head_dim", None):
+        config.head_dim = max(2, round(config.head_dim * hidden / before))
+    if hasattr(config, "word_embed_proj_dim"):
+        config.word_embed_proj_dim = hidden
+    config.hidden_size = hidden
+    return config
+
+
+@torch.no_grad()
+def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list[int]) -> None:
+    """Each student weight from the teacher's of the same name, layer k from layer picks[k], leading coordinates."""
+    names = layer_names(student), layer_names(teacher)
+    source = teacher.state_dict()
+    sizes = dimension_pairs(teacher.config, student.config)
+    for name, target in student.state_dict().items():
+        found = source.get(teacher_name(name, *names, picks))
+        if found is None:
+            continue
+        for wide, narrow in zip(found.shape, target.shape, strict=True):
+            if wide != narrow and (wide, narrow) not in sizes:
+                raise UserError(
+                    f"student.from_teacher.hidden: {name} joins several matrices in one ({wide} to {narrow}) and "
+                    "cannot be narrowed; leave hidden empty for this family."
+                )
+        target.copy_(found[tuple(slice(0, size) for size in target.shape)])
+
+
+def layer_names(model: PreTrainedModel) -> list[str]:
+    """Module names of the layers; a model that shares them among all layers has fewer than it runs."""
+    layers = {id(layer) for layer in layer_modules(model)}
+    return [name for name, module in model.named_modules() if id(module) in layers]
+
+
+def teacher_name(name: str, student_layers: list[str], teacher_layers: list[str], picks: list[int]) -> str:
+    if len(student_layers) != len(picks):
+        return name
+    for k, layer in enumerate(student_layers):
+        if name.startswith(layer + "."):
+            return teacher_layers[picks[k]] + name.removeprefix(layer)
+    return name
+
+
+def dimension_pairs(teacher: PreTrainedConfig, student: PreTrainedConfig) -> set[tuple[int, int]]:
+    """Sizes (teacher, student) that a narrower model may differ in."""
+
+    def sizes(config: PreTrainedConfig) -> list[int]:
+        width = head_dim(config)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        inner = next((v for name in FEED_FORWARD if (v := getattr(config, name, None))), 4 * config.hidden_size)
+        return [config.hidden_size, config.num_attention_heads * width, kv_heads * width, width, inner]
+
+    return set(zip(sizes(teacher), sizes(student), strict=True))
+
+
+def load_student(
+    model_class: Any, path: str, settings: StudentConfig, ds_config: dict[str, Any], labels: int | None, trust: bool
+) -> PreTrainedModel:
+    """For training; `labels` gives the model a new head of so many classes where it has none."""
+    config = read_config(path, trust)
+    if labels is not None:
+        config.num_labels = labels
+    model = load_model(
+        model_class,
+        path,
+        config=config,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        zero_stage=settings.zero_stage,
+        ds_config=ds_config,
+        new_head=labels is not None,
+        trust_remote_code=trust,
+    )
+    if not settings.dropout:
+        turn_off_dropout(model)
+    if settings.activation_checkpointing == "non_reentrant":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def turn_off_dropout(model: PreTrainedModel) -> None:
+    """In the modules only: the config, which is exported, keeps what the model was published with."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_prob", "activation_dropout"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+
+
+class Student(nn.Module):
+    """What the student's engine wraps: the model, its projections, and the loss computed inside forward, so that one
+    engine shards and reduces all that trains and ZeRO-3 sees every weight used."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.projections = objective.projections()
+
+    def forward(
+        self,
+        batch: Batch,
+        seen: Trace | None = None,
+        rows: dict[str, Tensor] | None = None,
+        peers: Peers | None = None,
+        index: int = 0,
+    ) -> Any:
+        """The loss of this micro-batch and its share of each term; without `rows`, its sample vectors."""
+        trace = capture(self.model, self.model, batch.inputs, self.objective.needs(0), batch.labels)
+        if rows is None:
+            return self.objective.student_vectors(trace, self.projections)
+        return self.objective(trace, seen, batch, rows, self.projections, peers, index)

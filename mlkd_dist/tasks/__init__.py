@@ -1,0 +1,57 @@
+"""One file per task; the file name is `task.kind`. A task knows its columns, its model class, how text becomes a
+batch, which rows of the logits count, and how well a model does it.
+
+Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
+
+    columns            raw columns it reads
+    model_class        the transformers Auto class of its models
+    reads              what an evaluation takes from a trace
+    encode(rows, tokenizer, max_length)     raw columns -> token columns
+    settings()         what the encoding depends on, for the cache key
+    collate(rows, keep, tokenizer)          rows -> Batch
+    outputs(trace, batch)                   per sample results of one batch, a dict of tensors on the CPU
+    quality(outputs)                        how well the model does by the labels: name -> number
+    agreement(student, teacher)             how alike two models' outputs are: name -> number
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process."""
+
+    inputs: dict[str, Tensor]  # what the model's forward takes
+    keep: Tensor  # [B] bool, False for a sample that only fills the batch
+    labels: Tensor | None  # [B] or [B, L], -100 where ignored
+    label_keep: Tensor  # [B] or [B, L] bool, which rows of the logits count
+
+    @property
+    def mask(self) -> Tensor:  # [B, L] bool
+        """Tokens that count: real ones of samples that count."""
+        return self.inputs["attention_mask"].bool() & self.keep.unsqueeze(1)
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
+        return Batch(inputs, move(self.keep), move(self.labels), move(self.label_keep))
+
+
+def load(kind: str) -> Any:
+    return importlib.import_module(f"mlkd_dist.tasks.{kind}").Task
+
+
+def pad(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+    """Token columns, padded to the longest of the rows on the tokenizer's side."""
+    names = [name for name in tokenizer.model_input_names if name in rows[0]]
+    columns = {name: [row[name] for row in rows] for name in names}
+    return dict(tokenizer.pad(columns, padding=True, return_tensors="pt"))

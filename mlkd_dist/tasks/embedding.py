@@ -1,0 +1,44 @@
+"""Sentence vectors, without labels: the student's vectors should relate to one another as the teacher's do."""
+
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from mlkd_dist.tasks import Batch, pad
+from mlkd_dist.trace import Trace
+
+
+class Task:
+    model_class = AutoModel
+
+    def __init__(self, settings: Any, data: Any):
+        self.columns = [data.text]
+        self.pooling = settings.pooling or "mean"
+        self.reads = frozenset({self.pooling})
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "embedding", "columns": self.columns}
+
+    def encode(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+        return dict(tokenizer(rows[self.columns[0]], truncation=True, max_length=max_length))
+
+    def collate(self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase) -> Batch:
+        kept = torch.tensor(keep)
+        return Batch(pad(rows, tokenizer), kept, labels=None, label_keep=kept)
+
+    def outputs(self, trace: Trace, batch: Batch) -> dict[str, Tensor]:
+        return {"vector": normalize(trace.vectors[self.pooling].float(), dim=-1)[batch.keep].cpu()}
+
+    def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        """Nothing is known of these texts but what the teacher says: see agreement."""
+        return {}
+
+    def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
+        """Spearman correlation of the cosine similarities of all pairs of held-out texts."""
+        pairs = torch.triu_indices(len(student["vector"]), len(student["vector"]), offset=1)
+        similarity = [(m["vector"] @ m["vector"].T)[pairs[0], pairs[1]].numpy() for m in (student, teacher)]
+        return {"spearman": float(spearmanr(*similarity).statistic)}

@@ -1,0 +1,57 @@
+"""A frozen model: `teacher(batch) -> Trace`. It has no optimizer, is never saved, and is loaded only as deep as what is
+read of it. Students are evaluated through it too."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from mlkd_dist.config import TeacherConfig
+from mlkd_dist.engine import World, frozen_config, frozen_engine
+from mlkd_dist.model import cut_layers, load_model, read_config
+from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import Needs, Trace, capture
+
+
+class Teacher:
+    def __init__(
+        self,
+        path: str,
+        settings: TeacherConfig,
+        model_class: Any,
+        needs: Needs,
+        world: World,
+        trust_remote_code: bool = False,
+    ):
+        self.needs = needs
+        config = read_config(path, trust_remote_code)
+        depth = needs.depth()
+        if depth is not None and depth < config.num_hidden_layers:
+            config = cut_layers(config, list(range(depth)))
+        ds_config = frozen_config(settings.dtype, settings.zero_stage, settings.offload)
+        self.model = load_model(
+            model_class if "logits" in needs.model else AutoModel,
+            path,
+            config=config,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            zero_stage=settings.zero_stage,
+            ds_config=ds_config,
+            trust_remote_code=trust_remote_code,
+        )
+        self.model.requires_grad_(False).eval()
+        # At ZeRO 0 an engine would add nothing to a module that is never trained.
+        if settings.zero_stage == 0:
+            self.engine, self.run = None, self.model.to(world.device)
+        else:
+            self.engine = self.run = frozen_engine(self.model, ds_config)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Trace:
+        return capture(self.run, self.model, batch.inputs, self.needs, batch.labels)
+
+    def close(self) -> None:
+        """Free the weights."""
+        if self.engine is not None:
+            self.engine.destroy()
+        self.engine = self.run = self.model = None

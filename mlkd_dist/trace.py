@@ -1,0 +1,232 @@
+"""What a model shows while it runs: the attention tap, the layer hooks, and the Trace they fill."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+# What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its result before
+# ("context") and after ("attention_output") the output projection, and the layer's output. Of the whole model: the
+# input of the first layer, the last hidden state, one vector per sample taken from it, and the logits.
+ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
+LAYER_READS = (*ATTENTION_READS, "hidden")
+VECTOR_READS = ("cls", "mean", "last")
+MODEL_READS = ("embedding", *VECTOR_READS, "logits")
+
+TAP = "mlkd_tap_"
+
+
+@dataclass
+class Layer:
+    """What one layer shows. `heads` is the number of query heads; keys and values may be narrower."""
+
+    mask: Tensor  # [B, L] bool, True where a token is real
+    heads: int
+    query: Tensor | None = None  # [B, L, H*d]
+    key: Tensor | None = None  # [B, L, Hkv*d]
+    value: Tensor | None = None  # [B, L, Hkv*d]
+    context: Tensor | None = None  # [B, L, H*d] attention result before the output projection
+    attention_output: Tensor | None = None  # [B, L, D] after the output projection
+    hidden: Tensor | None = None  # [B, L, D] output of the layer
+
+
+@dataclass
+class Samples:
+    """One vector per sample of the global batch."""
+
+    vector: Tensor  # [N, D]
+    keep: Tensor  # [N] bool, True where the sample counts
+    labels: Tensor | None = None  # [N] class of each sample, -100 where unknown; None for tasks without classes
+
+
+@dataclass
+class Trace:
+    """What one forward pass shows; only what was asked for is kept."""
+
+    mask: Tensor  # [B, L] bool, True where a token is real
+    heads: int
+    embedding: Tensor | None = None  # [B, L, D] what enters the first layer
+    layers: dict[int, Layer] = field(default_factory=dict)  # counted from 0, as in Hugging Face
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # [B, D] each, by name of VECTOR_READS
+    logits: Tensor | None = None  # [B, C] or [B, L, V]
+    labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
+
+    def layer(self, index: int) -> Layer:
+        return self.layers.setdefault(index, Layer(self.mask, self.heads))
+
+
+def sample_vector(states: Tensor, mask: Tensor, kind: str) -> Tensor:  # [B, L, D], [B, L] -> [B, D]
+    """One vector per sample: the state of its first real token (cls), of its last one (last), or the mean."""
+    if kind == "mean":
+        weight = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+    assert kind in VECTOR_READS, kind
+    real = mask.int()
+    position = real.argmax(1) if kind == "cls" else real.shape[1] - 1 - real.flip(1).argmax(1)
+    return states[torch.arange(len(states), device=states.device), position]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be kept of a forward pass."""
+
+    model: frozenset[str] = frozenset()  # of MODEL_READS
+    layers: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> of LAYER_READS
+
+    def union(self, other: "Needs") -> "Needs":
+        layers = {
+            i: self.layers.get(i, frozenset()) | other.layers.get(i, frozenset())
+            for i in self.layers.keys() | other.layers.keys()
+        }
+        return Needs(self.model | other.model, layers)
+
+    def depth(self) -> int | None:
+        """Layers that must run; None where the top of the model is read, which only its full depth gives."""
+        if self.model - {"embedding"}:
+            return None
+        return max(self.layers, default=0) + 1
+
+
+class Recorder:
+    """Fills a trace while a model runs. Layers are counted as they are entered, so that shared ones count too."""
+
+    def __init__(self, trace: Trace, needs: Needs):
+        self.trace, self.needs = trace, needs
+        self.index = -1
+        self.projects_next = False
+
+    def wanted(self) -> frozenset[str]:
+        return self.needs.layers.get(self.index, frozenset())
+
+    def enter_layer(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.index += 1
+        if self.index == 0 and "embedding" in self.needs.model:
+            self.trace.embedding = args[0] if args else kwargs["hidden_states"]
+
+    def leave_layer(self, _: nn.Module, args: tuple, output: Any) -> None:
+        if "hidden" in self.wanted():
+            self.trace.layer(self.index).hidden = output[0] if isinstance(output, tuple) else output
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+        """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
+        wanted = self.wanted()
+        heads_last = {"query": query, "key": key, "value": value}
+        found = {name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted}
+        if "context" in wanted:
+            found["context"] = context
+        for name, tensor in found.items():
+            setattr(self.trace.layer(self.index), name, tensor.flatten(2))
+        self.projects_next = "attention_output" in wanted
+
+    def projection(self, _: nn.Module, args: tuple, output: Tensor) -> None:
+        """The first projection that runs after attention is the attention's output projection, in every family."""
+        if self.projects_next:
+            self.trace.layer(self.index).attention_output = output
+            self.projects_next = False
+
+    def leave_base(self, _: nn.Module, args: tuple, output: Any) -> None:
+        for kind in self.needs.model & set(VECTOR_READS):
+            self.trace.vectors[kind] = sample_vector(output[0], self.trace.mask, kind)
+
+
+# The recorder of the forward pass that is running. Empty in the backward pass, so that layers which are computed
+# again there (activation checkpointing) are not recorded twice.
+RECORDING: ContextVar[Recorder | None] = ContextVar("recording", default=None)
+
+
+def tapped(inner: str) -> Callable[..., Any]:
+    """The attention function `inner` of transformers, watched by whatever recorder is active."""
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        if inner == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[inner]
+        context, weights = function(module, query, key, value, mask, **kwargs)
+        if recorder := RECORDING.get():
+            recorder.attention(query, key, value, context)
+        return context, weights
+
+    return attention
+
+
+for inner in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
+    AttentionInterface.register(TAP + inner, tapped(inner))
+    AttentionMaskInterface.register(
+        TAP + inner, eager_mask if inner == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[inner]
+    )
+
+
+def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model, found by the class that transformers itself takes hidden states from."""
+    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("hidden_states")
+    kinds = recorded if isinstance(recorded, list | tuple) else [recorded]
+    classes = tuple(getattr(kind, "target_class", kind) for kind in kinds if kind is not None)
+    return [module for module in model.base_model.modules() if classes and isinstance(module, classes)]
+
+
+def check_readable(model: PreTrainedModel, path: str) -> None:
+    """ValueError for a model whose attention or layers cannot be read."""
+    if not getattr(model, "_supports_attention_backend", False) or not layer_modules(model):
+        raise ValueError(
+            f"model {path!r}: {type(model).__name__} does not use transformers' attention interface, so nothing inside "
+            "it can be read; use a BERT, RoBERTa, ELECTRA, ModernBERT, Llama or another model that supports it."
+        )
+
+
+def head_count(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_attention_heads
+
+
+@contextmanager
+def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[None]:
+    """While this is open, a forward pass of `model` fills `trace`.
+
+    Hooks live for one pass only: they then come after DeepSpeed's own, whose outputs carry the gradient hooks of
+    ZeRO-3.
+    """
+    recorder = Recorder(trace, needs)
+    with ExitStack() as stack:
+        for layer in layer_modules(model) if needs.layers or "embedding" in needs.model else []:
+            stack.callback(layer.register_forward_pre_hook(recorder.enter_layer, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(recorder.leave_layer).remove)
+        if any("attention_output" in reads for reads in needs.layers.values()):
+            for module in model.modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    stack.callback(module.register_forward_hook(recorder.projection).remove)
+        if needs.model & set(VECTOR_READS):
+            stack.callback(model.base_model.register_forward_hook(recorder.leave_base).remove)
+        token = RECORDING.set(recorder)
+        stack.callback(RECORDING.reset, token)
+        yield
+
+
+def capture(
+    run: Callable[..., Any], model: PreTrainedModel, inputs: dict[str, Tensor], needs: Needs, labels: Tensor | None
+) -> Trace:
+    """`run(**inputs)`, where `run` is the model or the engine around it, and what it showed."""
+    trace = Trace(inputs["attention_mask"].bool(), head_count(model), labels=labels)
+    # A tokenizer may give more than this family takes, such as token types.
+    taken = inspect.signature(model.forward).parameters
+    with recording(model, needs, trace):
+        output = run(**{name: tensor for name, tensor in inputs.items() if name in taken})
+    if "logits" in needs.model:
+        trace.logits = output.logits
+    missing = [
+        f"{name} of layer {i}"
+        for i, reads in needs.layers.items()
+        for name in sorted(reads)
+        if getattr(trace.layer(i), name) is None
+    ]
+    assert not missing, f"{type(model).__name__} did not show {', '.join(missing)}"
+    return trace
