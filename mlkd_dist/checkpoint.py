@@ -12,7 +12,8 @@ from mlkd_dist.engine import barrier, whole_weights
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The trained weights for `AutoModel*.from_pretrained(folder)`, at every ZeRO stage. All processes call this."""
+    """The trained weights for `AutoModel*.from_pretrained(folder)`, at every ZeRO stage. All
+    processes call this."""
     weights = whole_weights(model)
     if weights is not None:
         partial = folder.with_name(folder.name + ".partial")
@@ -33,7 +34,8 @@ def save_projections(projections: nn.ModuleDict, path: Path) -> None:
 
 
 def load_projections(projections: nn.ModuleDict, path: Path) -> None:
-    """Those that an earlier stage trained under the same name and shape, before the engine shards them."""
+    """Those that an earlier stage trained under the same name and shape, before the engine shards
+    them."""
     if not path.exists():
         return
     ours = projections.state_dict()

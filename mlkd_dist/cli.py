@@ -1,4 +1,5 @@
-"""`mlkd`: distill, finetune, evaluate. Outside a launcher it starts deepspeed's for more than one process."""
+"""`mlkd`: distill, finetune, evaluate. Outside a launcher it starts deepspeed's for more than one
+process."""
 
 import argparse
 import os
@@ -11,24 +12,35 @@ from mlkd_dist.config import Config, UserError, load
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
     "finetune": "train the teacher of a config on the task's labels",
+    "evaluate": "report on a run that is done; CONFIG may be its folder",
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="mlkd", description="Multi-level knowledge distillation, sharded.")
+    parser = argparse.ArgumentParser(
+        prog="mlkd", description="Multi-level knowledge distillation, sharded."
+    )
     parser.add_argument("--version", action="version", version=f"mlkd_dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in HELP.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", help="a YAML file; see configs/")
-        command.add_argument("settings", nargs="*", metavar="key=value", help="over the file, for example optim.lr=1e-4")
+        command.add_argument(
+            "settings",
+            nargs="*",
+            metavar="key=value",
+            help="over the file, for example optim.lr=1e-4",
+        )
     given = parser.parse_args()
+    path = given.config
+    if given.command == "evaluate" and os.path.isdir(path):
+        path = os.path.join(path, "config.yaml")
     try:
-        config = load(given.config, given.settings)
+        config = load(path, given.settings)
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
         return 2
-    words = [*(["--finetune"] if given.command == "finetune" else []), given.config, *given.settings]
+    words = ["--command", given.command, path, *given.settings]
     if config.launch.processes > 1 and "RANK" not in os.environ:
         return launch(config, words)
     # Heavy imports only once the config is known to be good.
@@ -48,7 +60,8 @@ def launch(config: Config, words: list[str]) -> int:
     if torch.cuda.is_available():
         if processes > torch.cuda.device_count():
             print(
-                f"mlkd: error: launch.processes: {processes} is more than the {torch.cuda.device_count()} GPUs here.",
+                f"mlkd: error: launch.processes: {processes} is more than the "
+                f"{torch.cuda.device_count()} GPUs here.",
                 file=sys.stderr,
             )
             return 2

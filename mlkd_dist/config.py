@@ -1,7 +1,8 @@
 """Every setting of a run, what it means, and what is allowed. Imports neither torch nor deepspeed.
 
-A run's config is: the defaults below <- a YAML file <- `key=value` words of the command line. Whatever is
-wrong with it is a UserError, one message that says what was given, what is allowed and what to do.
+A run's config is: the defaults below <- a YAML file <- `key=value` words of the command line.
+Whatever is wrong with it is a UserError, one message that says what was given, what is allowed and
+what to do.
 """
 
 import difflib
@@ -15,7 +16,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
 class UserError(ValueError):
-    """A mistake of the person who runs the program, told in one message; the program exits with code 2."""
+    """A mistake of the person who runs the program, told in one message; the program exits with
+    code 2."""
 
 
 @dataclass
@@ -43,7 +45,8 @@ class FinetuneConfig:
     lr: float = 5e-5
     """Peak learning rate."""
     dir: str | None = None
-    """Run folder of the fine-tuning; default `<run.dir>-teacher`. A finished one made by the same settings is reused."""
+    """Run folder of the fine-tuning; default `<run.dir>-teacher`. A finished one made by the same
+    settings is reused."""
 
 
 @dataclass
@@ -59,23 +62,28 @@ class TeacherConfig:
     offload: str = "none"
     """Where sharded weights rest: none (on the device) or cpu. Needs zero_stage 3."""
     attention: str = "sdpa"
-    """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or flash_attention_3."""
+    """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or
+    flash_attention_3."""
 
 
 @dataclass
 class FromTeacherConfig:
     layers: Any = None
-    """How many teacher layers to keep, spread uniformly, or the list of their numbers (the first layer is 0)."""
+    """How many teacher layers to keep, spread uniformly, or the list of their numbers (the first
+    layer is 0)."""
     heads: int | None = None
-    """Attention heads of the student; any number that divides its hidden size. Default: as the teacher."""
+    """Attention heads of the student; any number that divides its hidden size. Default: as the
+    teacher."""
     hidden: int | None = None
-    """Hidden size of the student. Narrower keeps the leading coordinates of every weight. Default: as the teacher."""
+    """Hidden size of the student. Narrower keeps the leading coordinates of every weight. Default:
+    as the teacher."""
 
 
 @dataclass
 class StudentConfig:
     path: str | None = None
-    """Hugging Face folder, `package:NAME/sub/path`, or hub name; or make the student with from_teacher."""
+    """Hugging Face folder, `package:NAME/sub/path`, or hub name; or make the student with
+    from_teacher."""
     from_teacher: FromTeacherConfig | None = None
     """Cut the student out of the teacher."""
     dtype: str = "fp32"
@@ -85,7 +93,8 @@ class StudentConfig:
     offload: str = "none"
     """Where the optimizer state rests: none (on the device) or cpu. Needs zero_stage 1 to 3."""
     attention: str = "sdpa"
-    """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or flash_attention_3."""
+    """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or
+    flash_attention_3."""
     activation_checkpointing: str = "none"
     """none, or non_reentrant: recompute activations in the backward pass."""
     dropout: bool = True
@@ -107,7 +116,8 @@ class TaskConfig:
 @dataclass
 class DataConfig:
     train: str = "???"
-    """A .jsonl, .txt or .parquet file, `package:NAME/sub/path`, `builtin:python_docs`, or hub name `name:config@split`."""
+    """A .jsonl, .txt or .parquet file, `package:NAME/sub/path`, `builtin:python_docs`, or hub name
+    `name:config@split`."""
     validation: str | None = None
     """Held-out text, as `train`; default: `validation_fraction` of the training rows."""
     validation_fraction: float = 0.05
@@ -137,7 +147,8 @@ class StageConfig:
     epochs: float | None = None
     """Passes over the training data; give either steps or epochs."""
     losses: dict[str, Any] = field(default_factory=dict)
-    """Loss name -> its options; those of every loss are in TermConfig, its own in mlkd_dist/losses/<name>.py."""
+    """Loss name -> its options; those of every loss are in TermConfig, its own in
+    mlkd_dist/losses/<name>.py."""
     layers: Any = "uniform"
     """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
     lr: float | None = None
@@ -155,7 +166,8 @@ class TermConfig:
     sum_layers: str = "sum"
     """How layer pairs are put together: sum (our reading of the paper) or mean."""
     average: str = "sample"
-    """How token rows are averaged: sample (mean in each sample, then over samples; our reading) or token."""
+    """How token rows are averaged: sample (mean in each sample, then over samples; our reading) or
+    token."""
     project: str = "auto"
     """Learned map to the teacher's width: auto (only where the widths differ) or always."""
     shared_projection: bool = True
@@ -224,7 +236,10 @@ def resolve_path(path: str) -> str:
     name, _, inside = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path!r}: there is no installed Python package {name!r}; install it into this environment.")
+        raise UserError(
+            f"{path!r}: there is no installed Python package {name!r}; install it into this "
+            f"environment."
+        )
     found = Path(spec.submodule_search_locations[0]) / inside
     if not found.exists():
         raise UserError(f"{path!r}: the package {name!r} is installed but has no {inside!r}.")
@@ -238,15 +253,21 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     try:
         given = OmegaConf.load(path)
     except Exception as error:
-        raise UserError(f"config {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"config {str(path)!r} is not YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(given, DictConfig):
         raise UserError(f"config {str(path)!r} must hold keys and values; it is empty or a list.")
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UserError(f"argument {word!r}: settings are given as key=value, for example optim.lr=1e-4.")
+            raise UserError(
+                f"argument {word!r}: settings are given as key=value, for example optim.lr=1e-4."
+            )
         try:
-            OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else None, force_add=True)
+            OmegaConf.update(
+                given, key, OmegaConf.create(f"v: {value}").v if value else None, force_add=True
+            )
         except Exception as error:
             raise UserError(f"argument {word!r}: {str(error).splitlines()[0]}") from error
     return from_mapping(given)
@@ -263,7 +284,7 @@ def from_mapping(given: Any) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raises UserError for values, combinations or models that do not go together; see validate.py."""
+    """UserError for values, combinations or models that do not go together; see validate.py."""
     # Imported here since it needs the classes above.
     from mlkd_dist.validate import validate
 
@@ -271,7 +292,7 @@ def check(config: Config) -> None:
 
 
 def explain(error: Exception) -> str:
-    """One sentence of an OmegaConf error: the full key, what was wrong, the keys that exist there."""
+    """One sentence of an OmegaConf error: the full key, what was wrong, which keys exist there."""
     key, owner = getattr(error, "full_key", None), getattr(error, "object_type", None)
     said = str(error).splitlines()[0].rstrip(".")
     if "missing mandatory value" in said:

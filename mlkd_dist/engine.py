@@ -1,7 +1,9 @@
-"""The only file that knows DeepSpeed: processes, sharded loading, the engines, whole weights, small collectives."""
+"""The only file that knows DeepSpeed: processes, sharded loading, the engines, whole weights, small
+collectives."""
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,11 +43,20 @@ class World:
 def start() -> World:
     """Join the processes that a launcher started, or be the only one."""
     if "RANK" not in os.environ:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        alone = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
         os.environ.update({key: str(value) for key, value in alone.items()})
     os.environ.setdefault("LOCAL_SIZE", os.environ["WORLD_SIZE"])
     set_log_level_from_string("error", deepspeed_logger)
-    # DeepSpeed's CPU build of this op takes a minute of g++ at every start and saves nothing that we use.
+    # DeepSpeed calls names that torch is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed's CPU build of this op takes a minute of g++ at every start and saves nothing that
+    # we use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
@@ -100,8 +111,9 @@ def barrier() -> None:
 
 @contextmanager
 def sharded_loading(zero_stage: int, ds_config: dict[str, Any]) -> Iterator[None]:
-    """While open, `from_pretrained` shards what it loads if the stage is 3. transformers keeps this setting in a
-    process-wide weak reference, so it is held for one load only and cannot leak into the next model."""
+    """While open, `from_pretrained` shards what it loads if the stage is 3. transformers keeps this
+    setting in a process-wide weak reference, so it is held for one load only and cannot leak into
+    the next model."""
     holder = HfDeepSpeedConfig(ds_config) if zero_stage == 3 else None
     try:
         yield
@@ -110,7 +122,9 @@ def sharded_loading(zero_stage: int, ds_config: dict[str, Any]) -> Iterator[None
 
 
 def frozen_config(dtype: str, zero_stage: int, offload: str) -> dict[str, Any]:
-    zero = {"stage": zero_stage} | ({"offload_param": {"device": "cpu"}} if offload == "cpu" else {})
+    zero = {"stage": zero_stage} | (
+        {"offload_param": {"device": "cpu"}} if offload == "cpu" else {}
+    )
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
@@ -136,7 +150,7 @@ def student_config(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.grad_accum,
         # DeepSpeed clips at 1.0 where nothing is said.
-        "gradient_clipping": config.optim.grad_clip,
+        "gradient_clipping": 0.0 if plain_optimizer(config) else config.optim.grad_clip,
         "zero_optimization": zero,
         "bf16": {"enabled": student.dtype == "bf16"},
         "zero_allow_untested_optimizer": True,
@@ -150,14 +164,19 @@ def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """`extra` over `base`, also inside blocks."""
     out = dict(base)
     for key, value in extra.items():
-        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = (
+            merged(out[key], value)
+            if isinstance(value, dict) and isinstance(out.get(key), dict)
+            else value
+        )
     return out
 
 
 def student_engine(
     module: nn.Module, config: Config, schedule: Callable[[torch.optim.Optimizer], Any], lr: float
 ) -> Engine:
-    """The engine that trains `module`, with AdamW and a learning-rate schedule built from its optimizer."""
+    """The engine that trains `module`, with AdamW and a learning-rate schedule built from its
+    optimizer."""
     trained = [p for p in module.parameters() if p.requires_grad]
     # Under ZeRO-3 a parameter lies empty between uses; ds_shape is what it is when gathered.
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
@@ -173,15 +192,45 @@ def student_engine(
         eps=config.optim.eps,
         fused=torch.cuda.is_available() and config.student.offload == "none",
     )
+    if plain_optimizer(config):
+        clip_in_step(optimizer, trained, config.optim.grad_clip)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, lr_scheduler=schedule, config=student_config(config)
     )
     return engine
 
 
+def backward(engine: Engine, loss: Tensor) -> None:
+    """Accumulate the gradient of `loss`, summed over processes and micro-batches.
+
+    DeepSpeed averages over processes, hence the factor. The product is also a new tensor, and must
+    be: given the forward's own output, DeepSpeed 0.19.8 at ZeRO 0 divides by the accumulation
+    steps whatever `scale_wrt_gas` says.
+    """
+    engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+
+def plain_optimizer(config: Config) -> bool:
+    """Whether DeepSpeed runs the optimizer as it is, without a wrapper of its own."""
+    return config.student.zero_stage == 0 and config.student.dtype == "fp32"
+
+
+def clip_in_step(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float
+) -> None:
+    """DeepSpeed clips for a plain optimizer too, but then forgets the norm. Done here, it finds the
+    norm where it looks for that of its own optimizers."""
+
+    def clip(*_: Any) -> None:
+        norm = nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
+        optimizer._global_grad_norm = norm
+
+    optimizer.register_step_pre_hook(clip)
+
+
 def whole_weights(module: nn.Module) -> dict[str, Tensor] | None:
-    """The weights of a module on the first process, in CPU memory, gathered one by one where they are sharded.
-    Every process must call this."""
+    """The weights of a module on the first process, in CPU memory, gathered one by one where they
+    are sharded. Every process must call this."""
     first = dist.get_rank() == 0
     weights = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

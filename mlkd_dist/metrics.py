@@ -1,5 +1,5 @@
-"""What a run shows while it trains: sums kept on the device, one flush per interval to the terminal, to metrics.jsonl
-and to TensorBoard."""
+"""What a run shows while it trains: sums kept on the device, one flush per interval to the
+terminal, to metrics.jsonl and to TensorBoard."""
 
 import json
 import resource
@@ -19,7 +19,8 @@ from mlkd_dist.engine import Engine, World, all_reduce
 
 
 class Clock:
-    """Seconds of parts of a step. On a GPU by events, so that nothing waits until the seconds are asked for."""
+    """Seconds of parts of a step. On a GPU by events, so that nothing waits until the seconds are
+    asked for."""
 
     def __init__(self, device: torch.device):
         self.events = device.type == "cuda"
@@ -82,7 +83,8 @@ class Metrics:
         self.sums += shares
 
     def step(self, engine: Engine, step: int, lr: float, samples: Tensor) -> None:
-        """Optimizer step number `step` of this stage, from 0, is done; `samples` of all processes counted in it."""
+        """Optimizer step number `step` of this stage, from 0, is done; `samples` of all processes
+        counted in it."""
         self.samples += samples
         self.pending += 1
         if self.world.first:
@@ -91,14 +93,17 @@ class Metrics:
             self.flush(engine, step, lr)
 
     def flush(self, engine: Engine, step: int, lr: float) -> None:
-        """Means over the steps since the last flush. The only place where the host waits for the device."""
+        """Means over the steps since the last flush. The only place where the host waits for the
+        device."""
         values = (all_reduce(self.sums) / self.pending).cpu()
         seconds = time.perf_counter() - self.since
         teacher = self.teacher_clock.seconds()
         norm = engine.get_global_grad_norm()
         if self.world.first:
             row = {"loss/total": float((values * self.weights).sum())}
-            row |= {f"loss/{name}": float(value) for name, value in zip(self.terms, values, strict=True)}
+            row |= {
+                f"loss/{name}": float(value) for name, value in zip(self.terms, values, strict=True)
+            }
             row |= {
                 "lr": lr,
                 "grad_norm": None if norm is None else float(norm),
@@ -121,13 +126,19 @@ class Metrics:
                 self.board.add_scalar(tag, value, step)
 
     def show(self, step: int, row: dict[str, Any]) -> None:
-        losses = "  ".join(f"{key.removeprefix('loss/')} {row[key]:.4g}" for key in row if key.startswith("loss/"))
+        losses = "  ".join(
+            f"{key.removeprefix('loss/')} {row[key]:.4g}" for key in row if key.startswith("loss/")
+        )
         if self.terminal:
             self.bar.set_postfix_str(losses)
             return
         rate = self.bar_rate()
         left = tqdm.format_interval((self.steps - step - 1) / rate)
-        print(f"{self.stage} {step + 1}/{self.steps}  {losses}  {row['rows_per_s']:.0f} rows/s  left {left}", flush=True)
+        print(
+            f"{self.stage} {step + 1}/{self.steps}  {losses}  {row['rows_per_s']:.0f} rows/s  "
+            f"left {left}",
+            flush=True,
+        )
 
     def bar_rate(self) -> float:
         """Steps per second in this interval."""

@@ -1,10 +1,17 @@
-"""Reading Hugging Face models: their config, tokenizer and weights, whole or cut to fewer layers."""
+"""Reading Hugging Face models: config, tokenizer and weights, whole or cut to fewer layers."""
 
 import copy
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mlkd_dist.config import UserError, resolve_path
 from mlkd_dist.engine import DTYPES, sharded_loading
@@ -21,14 +28,20 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {path!r}: its config cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"model {path!r}: its config cannot be read: {first_line(error)}"
+        ) from error
 
 
 def read_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            resolve_path(path), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {path!r}: its tokenizer cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"model {path!r}: its tokenizer cannot be read: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
@@ -36,7 +49,10 @@ def first_line(error: Exception) -> str:
 
 
 def refuse_other_tokenizer(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_path: str, student_path: str
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_path: str,
+    student_path: str,
 ) -> None:
     """Both models see the same token ids, so these must mean the same to both."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -44,19 +60,24 @@ def refuse_other_tokenizer(
     if different:
         shown = ", ".join(repr(token) for token in different[:3])
         raise UserError(
-            f"teacher {teacher_path!r} and student {student_path!r} have different tokenizers: {len(different)} tokens "
-            f"differ, among them {shown}; use a student with the teacher's tokenizer, or student.from_teacher."
+            f"teacher {teacher_path!r} and student {student_path!r} have different tokenizers: "
+            f"{len(different)} tokens "
+            f"differ, among them {shown}; use a student with the teacher's tokenizer, or "
+            f"student.from_teacher."
         )
     sample = "The same text, split & marked the same way: naïve #42!"
     if student(sample)["input_ids"] != teacher(sample)["input_ids"]:
         raise UserError(
-            f"teacher {teacher_path!r} and student {student_path!r} have the same vocabulary but split or mark text "
-            "differently (lower case, or special tokens); use a student with the teacher's tokenizer."
+            f"teacher {teacher_path!r} and student {student_path!r} have the same vocabulary but "
+            f"split or mark text "
+            "differently (lower case, or special tokens); use a student with the teacher's "
+            "tokenizer."
         )
 
 
 def cut_layers(config: PreTrainedConfig, picks: list[int]) -> PreTrainedConfig:
-    """A copy of the config for a model of these layers only, with every per-layer list of it cut the same way."""
+    """A copy of the config for a model of these layers only, with every per-layer list of it cut
+    the same way."""
     config = copy.deepcopy(config)
     layers = config.num_hidden_layers
     per_layer = {
@@ -82,10 +103,13 @@ def load_model(
     new_head: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """With the tap in place, and sharded while loading at ZeRO 3. Weights that the folder lacks are refused, but for
-    a head that is to be trained (`new_head`) and a pooler, which no loss reads."""
+    """With the tap in place, and sharded while loading at ZeRO 3. Weights that the folder lacks are
+    refused, but for a head that is to be trained (`new_head`) and a pooler, which no loss reads."""
     if getattr(config, "attn_logit_softcapping", None) and attention != "eager":
-        raise UserError(f"model {path!r} caps its attention scores, which {attention} leaves out; set attention: eager.")
+        raise UserError(
+            f"model {path!r} caps its attention scores, which {attention} leaves out; set "
+            f"attention: eager."
+        )
     with sharded_loading(zero_stage, ds_config or {}):
         try:
             model, info = model_class.from_pretrained(
@@ -107,11 +131,10 @@ def load_model(
     inside = [name for name in missing if model_class is AutoModel or name.startswith(prefix)]
     if inside or (missing and not new_head):
         raise UserError(
-            f"model {path!r} has no weights for {missing[0]} ({len(missing)} missing in all); use a model trained for "
+            f"model {path!r} has no weights for {missing[0]} ({len(missing)} missing in all); use "
+            f"a model trained for "
             "this task, or make one with teacher.finetune."
         )
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
     return model
 
 

@@ -1,8 +1,10 @@
-"""The losses of a stage, put together: terms -> rows -> one weighted sum, divided once by the rows of all processes.
+"""The losses of a stage, put together: terms -> rows -> one weighted sum, divided once by the rows
+of all processes.
 
-A loss returns one number per row. Here rows that do not count are left out, the rest are summed, and the sum is divided by
-the number of rows that count in the whole step: all micro-batches of all processes. So the update does not depend on how
-the samples of a step are spread over processes and micro-batches.
+A loss returns one number per row. Here rows that do not count are left out, the rest are summed,
+and the sum is divided by the number of rows that count in the whole step: all micro-batches of all
+processes. So the update does not depend on how the samples of a step are spread over processes and
+micro-batches.
 """
 
 import inspect
@@ -74,8 +76,9 @@ class Term:
 
 @dataclass
 class Peers:
-    """The sample vectors of a whole step, [world, micro-batches, B, D] for each term over the batch. Those of the
-    student are None where each process has one micro-batch: its forward gathers them then."""
+    """The sample vectors of a whole step, [world, micro-batches, B, D] for each term over the
+    batch. Those of the student are None where each process has one micro-batch: its forward gathers
+    them then."""
 
     student: dict[str, Tensor | None]
     teacher: dict[str, Tensor]
@@ -97,7 +100,8 @@ class Objective:
     ):
         self.world, self.student, self.teacher = world, student, teacher
         self.terms = [
-            Term(name, options, backend, self.pairs_of(name, options, layers)) for name, options in losses.items()
+            Term(name, options, backend, self.pairs_of(name, options, layers))
+            for name, options in losses.items()
         ]
 
     def pairs_of(self, name: str, options: dict[str, Any], layers: Any) -> Pairs:
@@ -125,8 +129,9 @@ class Objective:
         return any(term.schema.teacher for term in self.terms)
 
     def projections(self) -> nn.ModuleDict:
-        """Learned maps from the student's width to the teacher's. They start as the identity on the leading
-        coordinates, so that no random number is drawn and a student cut out of its teacher starts where it was."""
+        """Learned maps from the student's width to the teacher's. They start as the identity on the
+        leading coordinates, so that no random number is drawn and a student cut out of its teacher
+        starts where it was."""
         maps = nn.ModuleDict()
         for term in self.terms:
             if not term.schema.projection:
@@ -140,25 +145,34 @@ class Objective:
         return maps
 
     def global_rows(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """How many rows count in this step, over all micro-batches and processes. One small all-reduce."""
+        """How many rows count in this step, over all micro-batches and processes. One small
+        all-reduce."""
         counts = torch.stack(
             [
-                torch.stack([batch.mask.sum(), batch.keep.sum(), (batch.label_keep).sum()]).to(torch.int64)
+                torch.stack([batch.mask.sum(), batch.keep.sum(), (batch.label_keep).sum()]).to(
+                    torch.int64
+                )
                 for batch in batches
             ]
         ).sum(0)
         counts = all_reduce(counts).clamp_min(1).float()
         return dict(zip(ROW_KINDS, counts.unbind(), strict=True))
 
-    def peers(self, batches: list[Batch], seen: list[Trace], student: list[dict[str, Tensor]] | None) -> Peers | None:
-        """Gathers the sample vectors of the step from all processes; None where no term asks for them."""
+    def peers(
+        self, batches: list[Batch], seen: list[Trace], student: list[dict[str, Tensor]] | None
+    ) -> Peers | None:
+        """Gathers the sample vectors of the step from all processes; None where no term asks for
+        them."""
         if not self.batch_terms:
             return None
 
         def gathered(per_batch: list[Tensor]) -> Tensor:
             return all_gather(torch.stack([tensor.detach() for tensor in per_batch]))
 
-        teacher = {term.name: gathered([self.vector(term, trace) for trace in seen]) for term in self.batch_terms}
+        teacher = {
+            term.name: gathered([self.vector(term, trace) for trace in seen])
+            for term in self.batch_terms
+        }
         ours = {
             term.name: gathered([vectors[term.name] for vectors in student]) if student else None
             for term in self.batch_terms
@@ -175,11 +189,14 @@ class Objective:
     def student_vectors(self, trace: Trace, projections: nn.ModuleDict) -> dict[str, Tensor]:
         """What the terms over the batch read of the student, in the width that they compare."""
         return {
-            term.name: self.projected(term, projections)(self.vector(term, trace)).float() for term in self.batch_terms
+            term.name: self.projected(term, projections)(self.vector(term, trace)).float()
+            for term in self.batch_terms
         }
 
     @staticmethod
-    def projected(term: Term, projections: nn.ModuleDict, layer: int | None = None) -> Callable[[Tensor], Tensor]:
+    def projected(
+        term: Term, projections: nn.ModuleDict, layer: int | None = None
+    ) -> Callable[[Tensor], Tensor]:
         key = term.projection_key(layer) if term.schema.projection else None
         if key not in projections:
             return lambda tensor: tensor
@@ -195,10 +212,10 @@ class Objective:
         peers: Peers | None,
         index: int,
     ) -> tuple[Tensor, Tensor]:
-        """The loss of micro-batch number `index` for the backward pass, and this micro-batch's share of each term
-        ([terms], without weights) for the logs: the shares of a step sum to the terms of the global batch.
+        """The loss of micro-batch number `index` for the backward pass, and this micro-batch's
+        share of each term ([terms], without weights) for the logs: the shares of a step sum to the
+        terms of the global batch.
 
-        The engine averages gradients over processes, so the loss carries the number of processes as a factor.
         """
         losses, shares = [], []
         for term in self.terms:
@@ -208,10 +225,15 @@ class Objective:
                 sums = share = self.sums(term, student, teacher, batch, projections)
             losses.append(term.options["weight"] * sums / rows[term.divisor])
             shares.append(share.detach() / rows[term.divisor])
-        return torch.stack(losses).sum() * self.world.size, torch.stack(shares)
+        return torch.stack(losses).sum(), torch.stack(shares)
 
     def sums(
-        self, term: Term, student: Trace, teacher: Trace | None, batch: Batch, projections: nn.ModuleDict
+        self,
+        term: Term,
+        student: Trace,
+        teacher: Trace | None,
+        batch: Batch,
+        projections: nn.ModuleDict,
     ) -> Tensor:
         """The sum over the rows of this micro-batch of a term over traces or layers."""
         weight = self.row_weight(term, batch)
@@ -239,10 +261,12 @@ class Objective:
     def batch_sums(
         self, term: Term, student: Trace, projections: nn.ModuleDict, peers: Peers, index: int
     ) -> tuple[Tensor, Tensor]:
-        """A term over the global batch: the sum over all its rows, and over those of this micro-batch.
+        """A term over the global batch: the sum over all its rows, and over those of this
+        micro-batch.
 
-        Every process computes the whole batch, with gradient through its own micro-batch only. The gradients of all
-        micro-batches of all processes then add up to that of the whole, without a collective in the backward pass.
+        Every process computes the whole batch, with gradient through its own micro-batch only. The
+        gradients of all micro-batches of all processes then add up to that of the whole, without a
+        collective in the backward pass.
         """
         own = self.student_vectors(student, projections)[term.name]
         rank = self.world.rank
@@ -252,14 +276,16 @@ class Objective:
         keep = peers.keep.flatten()
         labels = None if peers.labels is None else peers.labels.flatten()
         values = term.function(
-            Samples(everyone.flatten(0, 2), keep, labels), Samples(peers.teacher[term.name].flatten(0, 2), keep, labels)
+            Samples(everyone.flatten(0, 2), keep, labels),
+            Samples(peers.teacher[term.name].flatten(0, 2), keep, labels),
         )
         values = torch.where(keep, values, 0.0)
         return values.sum(), values.view(peers.keep.shape)[rank, index].sum()
 
 
 def weighted_sum(rows: Tensor, weight: Tensor) -> Tensor:
-    """[B], [B, L] or [B, R, L] rows, of which the heads R are averaged; rows without weight cannot matter."""
+    """[B], [B, L] or [B, R, L] rows, of which the heads R are averaged; rows without weight cannot
+    matter."""
     if rows.ndim > weight.ndim:
         rows = rows.mean(1)
     return (torch.where(weight > 0, rows, 0.0) * weight).sum()

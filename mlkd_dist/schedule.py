@@ -23,7 +23,11 @@ def warmup_steps(optim: OptimConfig, steps: int) -> int:
 
 
 def learning_rate(optim: OptimConfig, steps: int) -> Callable[[Optimizer], object]:
-    """For the engine: optimizer -> scheduler, linear or cosine to 0 or constant, after a linear warm-up."""
+    """For the engine: optimizer -> scheduler, linear or cosine to 0 or constant, after a linear
+    warm-up."""
     return lambda optimizer: get_scheduler(
-        NAMES[optim.schedule], optimizer, num_warmup_steps=warmup_steps(optim, steps), num_training_steps=steps
+        NAMES[optim.schedule],
+        optimizer,
+        num_warmup_steps=warmup_steps(optim, steps),
+        num_training_steps=steps,
     )

@@ -1,4 +1,5 @@
-"""The student: cut out of a teacher into a folder, and the module that trains it together with its projections."""
+"""The student: cut out of a teacher into a folder, and the module that trains it together with its
+projections."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from mlkd_dist.trace import Trace, capture, layer_modules
 FEED_FORWARD = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")
 
 
-def make_student(model_class: Any, teacher_path: str, cut: FromTeacherConfig, out: Path, trust: bool = False) -> None:
-    """Write a student folder: some layers of the teacher, its heads regrouped or its width cut, the rest copied."""
+def make_student(
+    model_class: Any, teacher_path: str, cut: FromTeacherConfig, out: Path, trust: bool = False
+) -> None:
+    """Write a student folder: some layers of the teacher, its heads regrouped or its width cut, the
+    rest copied."""
     config = read_config(teacher_path, trust)
     picks = picked_layers(cut.layers, config.num_hidden_layers)
     teacher = model_class.from_pretrained(resolve_path(teacher_path), trust_remote_code=trust)
@@ -33,14 +37,18 @@ def make_student(model_class: Any, teacher_path: str, cut: FromTeacherConfig, ou
 
 
 def picked_layers(layers: int | list[int] | None, teacher_layers: int) -> list[int]:
-    """A number of layers is spread as the uniform layer map is, so that a layer starts as the one it learns from."""
+    """A number of layers is spread as the uniform layer map is, so that a layer starts as the one
+    it learns from."""
     if isinstance(layers, list):
         return layers
-    return [teacher for _, teacher in layer_pairs("uniform", layers or teacher_layers, teacher_layers)]
+    return [
+        teacher for _, teacher in layer_pairs("uniform", layers or teacher_layers, teacher_layers)
+    ]
 
 
 def cut_heads(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
-    """Regroup the same columns into another number of heads. Key and value heads keep their share of the heads."""
+    """Regroup the same columns into another number of heads. Key and value heads keep their share
+    of the heads."""
     before = config.num_attention_heads
     if heads is None or heads == before:
         return config
@@ -48,7 +56,8 @@ def cut_heads(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
     width, kv_heads = before * head_dim(config), kv_before * heads // before
     if width % heads or (kv_before != before and (kv_heads == 0 or kv_before * heads % before)):
         raise UserError(
-            f"student.from_teacher.heads: {heads} does not fit a teacher of {before} heads and {kv_before} key heads "
+            f"student.from_teacher.heads: {heads} does not fit a teacher of {before} heads and "
+            f"{kv_before} key heads "
             f"over a width of {width}; use a number that divides {width} and keeps whole key heads."
         )
     config.num_attention_heads = heads
@@ -64,7 +73,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def cut_width(config: PreTrainedConfig, hidden: int | None) -> PreTrainedConfig:
-    """A narrower model: the hidden size, the feed-forward width in proportion, the heads' width with them."""
+    """A narrower model: the hidden size, the feed-forward width in proportion, the heads' width
+    with them."""
     before = config.hidden_size
     if hidden is None or hidden == before:
         return config
@@ -81,7 +91,8 @@ def cut_width(config: PreTrainedConfig, hidden: int | None) -> PreTrainedConfig:
 
 @torch.no_grad()
 def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list[int]) -> None:
-    """Each student weight from the teacher's of the same name, layer k from layer picks[k], leading coordinates."""
+    """Each student weight from the teacher's of the same name, layer k from layer picks[k], leading
+    coordinates."""
     names = layer_names(student), layer_names(teacher)
     source = teacher.state_dict()
     sizes = dimension_pairs(teacher.config, student.config)
@@ -92,19 +103,22 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list
         for wide, narrow in zip(found.shape, target.shape, strict=True):
             if wide != narrow and (wide, narrow) not in sizes:
                 raise UserError(
-                    f"student.from_teacher.hidden: {name} joins several matrices in one ({wide} to {narrow}) and "
+                    f"student.from_teacher.hidden: {name} joins several matrices in one ({wide} "
+                    f"to {narrow}) and "
                     "cannot be narrowed; leave hidden empty for this family."
                 )
         target.copy_(found[tuple(slice(0, size) for size in target.shape)])
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
-    """Module names of the layers; a model that shares them among all layers has fewer than it runs."""
+    """Module names of the layers; a model that shares their weights has fewer than it runs."""
     layers = {id(layer) for layer in layer_modules(model)}
     return [name for name, module in model.named_modules() if id(module) in layers]
 
 
-def teacher_name(name: str, student_layers: list[str], teacher_layers: list[str], picks: list[int]) -> str:
+def teacher_name(
+    name: str, student_layers: list[str], teacher_layers: list[str], picks: list[int]
+) -> str:
     if len(student_layers) != len(picks):
         return name
     for k, layer in enumerate(student_layers):
@@ -119,14 +133,28 @@ def dimension_pairs(teacher: PreTrainedConfig, student: PreTrainedConfig) -> set
     def sizes(config: PreTrainedConfig) -> list[int]:
         width = head_dim(config)
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        inner = next((v for name in FEED_FORWARD if (v := getattr(config, name, None))), 4 * config.hidden_size)
-        return [config.hidden_size, config.num_attention_heads * width, kv_heads * width, width, inner]
+        inner = next(
+            (v for name in FEED_FORWARD if (v := getattr(config, name, None))),
+            4 * config.hidden_size,
+        )
+        return [
+            config.hidden_size,
+            config.num_attention_heads * width,
+            kv_heads * width,
+            width,
+            inner,
+        ]
 
     return set(zip(sizes(teacher), sizes(student), strict=True))
 
 
 def load_student(
-    model_class: Any, path: str, settings: StudentConfig, ds_config: dict[str, Any], labels: int | None, trust: bool
+    model_class: Any,
+    path: str,
+    settings: StudentConfig,
+    ds_config: dict[str, Any],
+    labels: int | None,
+    trust: bool,
 ) -> PreTrainedModel:
     """For training; `labels` gives the model a new head of so many classes where it has none."""
     config = read_config(path, trust)
@@ -151,7 +179,7 @@ def load_student(
 
 
 def turn_off_dropout(model: PreTrainedModel) -> None:
-    """In the modules only: the config, which is exported, keeps what the model was published with."""
+    """In the modules only: the config, which is exported, keeps what the model came with."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -161,8 +189,9 @@ def turn_off_dropout(model: PreTrainedModel) -> None:
 
 
 class Student(nn.Module):
-    """What the student's engine wraps: the model, its projections, and the loss computed inside forward, so that one
-    engine shards and reduces all that trains and ZeRO-3 sees every weight used."""
+    """What the student's engine wraps: the model, its projections, and the loss computed inside
+    forward, so that one engine shards and reduces all that trains and ZeRO-3 sees every weight
+    used."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective):
         super().__init__()
@@ -177,7 +206,8 @@ class Student(nn.Module):
         peers: Peers | None = None,
         index: int = 0,
     ) -> Any:
-        """The loss of this micro-batch and its share of each term; without `rows`, its sample vectors."""
+        """The loss of this micro-batch and its share of each term; without `rows`, its sample
+        vectors."""
         trace = capture(self.model, self.model, batch.inputs, self.objective.needs(0), batch.labels)
         if rows is None:
             return self.objective.student_vectors(trace, self.projections)

@@ -1,5 +1,5 @@
-"""A frozen model: `teacher(batch) -> Trace`. It has no optimizer, is never saved, and is loaded only as deep as what is
-read of it. Students are evaluated through it too."""
+"""A frozen model: `teacher(batch) -> Trace`. It has no optimizer, is never saved, and is loaded
+only as deep as what is read of it. Students are evaluated through it too."""
 
 from typing import Any
 

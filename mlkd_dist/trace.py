@@ -15,9 +15,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-# What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its result before
-# ("context") and after ("attention_output") the output projection, and the layer's output. Of the whole model: the
-# input of the first layer, the last hidden state, one vector per sample taken from it, and the logits.
+# What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
+# result before ("context") and after ("attention_output") the output projection, and the layer's
+# output. Of the whole model: the input of the first layer, the last hidden state, one vector per
+# sample taken from it, and the logits.
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
 LAYER_READS = (*ATTENTION_READS, "hidden")
 VECTOR_READS = ("cls", "mean", "last")
@@ -28,7 +29,7 @@ TAP = "mlkd_tap_"
 
 @dataclass
 class Layer:
-    """What one layer shows. `heads` is the number of query heads; keys and values may be narrower."""
+    """What one layer shows. `heads` counts query heads; keys and values may be narrower."""
 
     mask: Tensor  # [B, L] bool, True where a token is real
     heads: int
@@ -46,7 +47,9 @@ class Samples:
 
     vector: Tensor  # [N, D]
     keep: Tensor  # [N] bool, True where the sample counts
-    labels: Tensor | None = None  # [N] class of each sample, -100 where unknown; None for tasks without classes
+    labels: Tensor | None = (
+        None  # [N] class of each sample, -100 where unknown; None for tasks without classes
+    )
 
 
 @dataclass
@@ -66,7 +69,8 @@ class Trace:
 
 
 def sample_vector(states: Tensor, mask: Tensor, kind: str) -> Tensor:  # [B, L, D], [B, L] -> [B, D]
-    """One vector per sample: the state of its first real token (cls), of its last one (last), or the mean."""
+    """One vector per sample: the state of its first real token (cls), of its last one (last), or
+    the mean."""
     if kind == "mean":
         weight = mask.unsqueeze(-1).to(states.dtype)
         return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
@@ -91,14 +95,16 @@ class Needs:
         return Needs(self.model | other.model, layers)
 
     def depth(self) -> int | None:
-        """Layers that must run; None where the top of the model is read, which only its full depth gives."""
+        """Layers that must run; None where the top of the model is read, which only its full depth
+        gives."""
         if self.model - {"embedding"}:
             return None
         return max(self.layers, default=0) + 1
 
 
 class Recorder:
-    """Fills a trace while a model runs. Layers are counted as they are entered, so that shared ones count too."""
+    """Fills a trace while a model runs. Layers are counted as they are entered, so that shared ones
+    count too."""
 
     def __init__(self, trace: Trace, needs: Needs):
         self.trace, self.needs = trace, needs
@@ -121,7 +127,9 @@ class Recorder:
         """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
         wanted = self.wanted()
         heads_last = {"query": query, "key": key, "value": value}
-        found = {name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted}
+        found = {
+            name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted
+        }
         if "context" in wanted:
             found["context"] = context
         for name, tensor in found.items():
@@ -129,7 +137,8 @@ class Recorder:
         self.projects_next = "attention_output" in wanted
 
     def projection(self, _: nn.Module, args: tuple, output: Tensor) -> None:
-        """The first projection that runs after attention is the attention's output projection, in every family."""
+        """The first projection that runs after attention is the attention's output projection, in
+        every family."""
         if self.projects_next:
             self.trace.layer(self.index).attention_output = output
             self.projects_next = False
@@ -139,15 +148,17 @@ class Recorder:
             self.trace.vectors[kind] = sample_vector(output[0], self.trace.mask, kind)
 
 
-# The recorder of the forward pass that is running. Empty in the backward pass, so that layers which are computed
-# again there (activation checkpointing) are not recorded twice.
+# The recorder of the forward pass that is running. Empty in the backward pass, so that layers which
+# are computed again there (activation checkpointing) are not recorded twice.
 RECORDING: ContextVar[Recorder | None] = ContextVar("recording", default=None)
 
 
 def tapped(inner: str) -> Callable[..., Any]:
     """The attention function `inner` of transformers, watched by whatever recorder is active."""
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
         if inner == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -168,19 +179,23 @@ for inner in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a model, found by the class that transformers itself takes hidden states from."""
+    """The layers of a model, by the class that transformers itself takes hidden states from."""
     recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("hidden_states")
     kinds = recorded if isinstance(recorded, list | tuple) else [recorded]
     classes = tuple(getattr(kind, "target_class", kind) for kind in kinds if kind is not None)
-    return [module for module in model.base_model.modules() if classes and isinstance(module, classes)]
+    return [
+        module for module in model.base_model.modules() if classes and isinstance(module, classes)
+    ]
 
 
 def check_readable(model: PreTrainedModel, path: str) -> None:
     """ValueError for a model whose attention or layers cannot be read."""
     if not getattr(model, "_supports_attention_backend", False) or not layer_modules(model):
         raise ValueError(
-            f"model {path!r}: {type(model).__name__} does not use transformers' attention interface, so nothing inside "
-            "it can be read; use a BERT, RoBERTa, ELECTRA, ModernBERT, Llama or another model that supports it."
+            f"model {path!r}: {type(model).__name__} does not use transformers' attention "
+            f"interface, so nothing inside "
+            "it can be read; use a BERT, RoBERTa, ELECTRA, ModernBERT, Llama or another model "
+            "that supports it."
         )
 
 
@@ -192,13 +207,15 @@ def head_count(model: PreTrainedModel) -> int:
 def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[None]:
     """While this is open, a forward pass of `model` fills `trace`.
 
-    Hooks live for one pass only: they then come after DeepSpeed's own, whose outputs carry the gradient hooks of
-    ZeRO-3.
+    Hooks live for one pass only: they then come after DeepSpeed's own, whose outputs carry the
+    gradient hooks of ZeRO-3.
     """
     recorder = Recorder(trace, needs)
     with ExitStack() as stack:
         for layer in layer_modules(model) if needs.layers or "embedding" in needs.model else []:
-            stack.callback(layer.register_forward_pre_hook(recorder.enter_layer, with_kwargs=True).remove)
+            stack.callback(
+                layer.register_forward_pre_hook(recorder.enter_layer, with_kwargs=True).remove
+            )
             stack.callback(layer.register_forward_hook(recorder.leave_layer).remove)
         if any("attention_output" in reads for reads in needs.layers.values()):
             for module in model.modules():
@@ -212,14 +229,20 @@ def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[No
 
 
 def capture(
-    run: Callable[..., Any], model: PreTrainedModel, inputs: dict[str, Tensor], needs: Needs, labels: Tensor | None
+    run: Callable[..., Any],
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    needs: Needs,
+    labels: Tensor | None,
 ) -> Trace:
     """`run(**inputs)`, where `run` is the model or the engine around it, and what it showed."""
     trace = Trace(inputs["attention_mask"].bool(), head_count(model), labels=labels)
-    # A tokenizer may give more than this family takes, such as token types.
+    # A tokenizer may give more than this family takes, such as token types; only decoders know a
+    # cache.
     taken = inspect.signature(model.forward).parameters
+    given = {"use_cache": False, **inputs}
     with recording(model, needs, trace):
-        output = run(**{name: tensor for name, tensor in inputs.items() if name in taken})
+        output = run(**{name: value for name, value in given.items() if name in taken})
     if "logits" in needs.model:
         trace.logits = output.logits
     missing = [

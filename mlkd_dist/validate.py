@@ -1,5 +1,6 @@
-"""Checks of a whole config that need no weights and no torch: allowed values, keys that exclude each other, the
-options of every loss (read from its signature), and what the models' config files say about widths and layers."""
+"""Checks of a whole config that need no weights and no torch: allowed values, keys that exclude
+each other, the options of every loss (read from its signature), and what the models' config files
+say about widths and layers."""
 
 import ast
 import json
@@ -70,9 +71,12 @@ class Shape:
 
     def width(self, read: str) -> int:
         """Of what a loss reads in a layer."""
-        return {"query": self.attention, "context": self.attention, "key": self.key, "value": self.key}.get(
-            read, self.hidden
-        )
+        return {
+            "query": self.attention,
+            "context": self.attention,
+            "key": self.key,
+            "value": self.key,
+        }.get(read, self.hidden)
 
 
 def names(folder: Path) -> list[str]:
@@ -81,20 +85,26 @@ def names(folder: Path) -> list[str]:
 
 @cache
 def loss_schema(name: str) -> LossSchema:
-    """Read without importing, since losses import torch and a config must be refused in a second."""
+    """Read without importing: losses import torch, and a config must be refused in a second."""
     tree = ast.parse((LOSSES / f"{name}.py").read_text())
     constants = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id.isupper()
     }
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    function = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
+    )
     options = {
         arg.arg: (ast.unparse(arg.annotation), ast.literal_eval(default))
         for arg, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
         if arg.arg != "backend"
     }
-    known = {key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")}
+    known = {
+        key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")
+    }
     return LossSchema(options=options, **known)
 
 
@@ -106,7 +116,9 @@ def model_shape(path: str) -> Shape | None:
             raise UserError(f"model {path!r}: no such folder.")
         return None
     if not (folder / "config.json").is_file():
-        raise UserError(f"model {path!r}: the folder has no config.json; give a Hugging Face model folder.")
+        raise UserError(
+            f"model {path!r}: the folder has no config.json; give a Hugging Face model folder."
+        )
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
@@ -127,7 +139,9 @@ def model_shape(path: str) -> Shape | None:
     )
 
 
-def shape(model_type: str, hidden: int, layers: int, heads: int, key_heads: int, head_dim: int) -> Shape:
+def shape(
+    model_type: str, hidden: int, layers: int, heads: int, key_heads: int, head_dim: int
+) -> Shape:
     return Shape(model_type, hidden, layers, heads, heads * head_dim, key_heads * head_dim)
 
 
@@ -138,7 +152,9 @@ def validate(config: Config) -> None:
     check_task(config)
     stages = config.stages
     if not stages:
-        raise UserError("stages: give at least one stage, for example [{steps: 100, losses: {hidden_mse: {}}}].")
+        raise UserError(
+            "stages: give at least one stage, for example [{steps: 100, losses: {hidden_mse: {}}}]."
+        )
     if len({stage.name for stage in stages}) < len(stages):
         raise UserError(f"stages: names must differ, given {[stage.name for stage in stages]}.")
     for stage in stages:
@@ -149,7 +165,10 @@ def validate(config: Config) -> None:
 def one_of(key: str, value: Any, allowed: list[Any]) -> None:
     if value not in allowed:
         listed = ", ".join(str(a) for a in allowed)
-        raise UserError(f"{key}: {value!r} is not allowed{nearest(value, [str(a) for a in allowed])}; use {listed}.")
+        raise UserError(
+            f"{key}: {value!r} is not allowed{nearest(value, [str(a) for a in allowed])}; use "
+            f"{listed}."
+        )
 
 
 def at_least(key: str, value: float, low: float) -> None:
@@ -169,19 +188,27 @@ def check_values(config: Config) -> None:
         one_of(f"{who}.attention", model.attention, ATTENTION)
     if config.teacher.zero_stage not in (0, 3):
         raise UserError(
-            f"teacher.zero_stage: {config.teacher.zero_stage} is not allowed; a frozen teacher has no optimizer and no "
+            f"teacher.zero_stage: {config.teacher.zero_stage} is not allowed; a frozen teacher "
+            f"has no optimizer and no "
             "gradients to shard, so use 0 (whole on every process) or 3 (weights sharded)."
         )
     one_of("student.zero_stage", config.student.zero_stage, [0, 1, 2, 3])
     for who, model in (("teacher", config.teacher), ("student", config.student)):
         if model.offload == "cpu" and model.zero_stage == 0:
-            raise UserError(f"{who}.offload: cpu needs sharding; set {who}.zero_stage=3 or {who}.offload=none.")
+            raise UserError(
+                f"{who}.offload: cpu needs sharding; set {who}.zero_stage=3 or {who}.offload=none."
+            )
     if config.student.activation_checkpointing == "reentrant":
         raise UserError(
-            "student.activation_checkpointing: reentrant checkpointing drops the gradient of every loss on inner "
+            "student.activation_checkpointing: reentrant checkpointing drops the gradient of "
+            "every loss on inner "
             "layers without a word; use non_reentrant or none."
         )
-    one_of("student.activation_checkpointing", config.student.activation_checkpointing, ["none", "non_reentrant"])
+    one_of(
+        "student.activation_checkpointing",
+        config.student.activation_checkpointing,
+        ["none", "non_reentrant"],
+    )
     one_of("optim.schedule", config.optim.schedule, ["linear", "cosine", "constant"])
     one_of("kernels", config.kernels, ["auto", "triton", "streamed", "eager"])
     for key, value, low in (
@@ -209,16 +236,23 @@ def check_values(config: Config) -> None:
 def check_deepspeed(extra: dict[str, Any]) -> None:
     for key, ours in OWNED.items():
         if key in extra:
-            raise UserError(f"deepspeed.{key}: this is set by {ours}; remove it here and set it there.")
+            raise UserError(
+                f"deepspeed.{key}: this is set by {ours}; remove it here and set it there."
+            )
     if "stage" in (extra.get("zero_optimization") or {}):
-        raise UserError("deepspeed.zero_optimization.stage: this is set by student.zero_stage; set it there.")
+        raise UserError(
+            "deepspeed.zero_optimization.stage: this is set by student.zero_stage; set it there."
+        )
 
 
 def check_task(config: Config) -> None:
     one_of("task.kind", config.task.kind, names(TASKS))
     for option, kind in TASK_OPTIONS.items():
         if getattr(config.task, option) is not None and config.task.kind != kind:
-            raise UserError(f"task.{option}: only for task.kind {kind}, given with {config.task.kind}; remove it.")
+            raise UserError(
+                f"task.{option}: only for task.kind {kind}, given with {config.task.kind}; remove "
+                f"it."
+            )
     if config.task.pooling is not None:
         one_of("task.pooling", config.task.pooling, ["mean", "cls", "last"])
     if config.task.mask_probability is not None:
@@ -228,14 +262,18 @@ def check_task(config: Config) -> None:
     finetune = config.teacher.finetune
     if finetune is not None:
         if config.task.kind == "embedding":
-            raise UserError("teacher.finetune: the embedding task has no labels to train on; remove it.")
+            raise UserError(
+                "teacher.finetune: the embedding task has no labels to train on; remove it."
+            )
         check_length("teacher.finetune", finetune)
         at_least("teacher.finetune.lr", finetune.lr, 0)
 
 
 def check_length(key: str, given: Any) -> None:
     if (given.steps is None) == (given.epochs is None):
-        raise UserError(f"{key}: give either steps or epochs, {'both' if given.steps else 'neither'} is given.")
+        raise UserError(
+            f"{key}: give either steps or epochs, {'both' if given.steps else 'neither'} is given."
+        )
     length = given.steps if given.epochs is None else given.epochs
     if not (math.isfinite(length) and length > 0):
         raise UserError(f"{key}: its length is {length}; it must be more than 0.")
@@ -251,10 +289,14 @@ def check_stage(stage: StageConfig, task: str) -> None:
     for name, given in stage.losses.items():
         if name not in names(LOSSES):
             known = names(LOSSES)
-            raise UserError(f"{where}: no loss {name!r}{nearest(name, known)}; use {', '.join(known)}.")
+            raise UserError(
+                f"{where}: no loss {name!r}{nearest(name, known)}; use {', '.join(known)}."
+            )
         stage.losses[name] = loss_options(f"{where}: losses.{name}", loss_schema(name), given)
         if task == "embedding" and loss_schema(name).rows == "label":
-            raise UserError(f"{where}: {name} reads logits, and the embedding task has none; remove it.")
+            raise UserError(
+                f"{where}: {name} reads logits, and the embedding task has none; remove it."
+            )
 
 
 def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:
@@ -267,19 +309,25 @@ def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:
     for key, value in given.items():
         if key not in allowed:
             raise UserError(
-                f"{where}: no option {key!r}{nearest(key, list(allowed))}; allowed here: {', '.join(allowed)}."
+                f"{where}: no option {key!r}{nearest(key, list(allowed))}; allowed here: "
+                f"{', '.join(allowed)}."
             )
         annotation = allowed[key][0]
-        annotation = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
+        annotation = (
+            annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
+        )
         if not fits(value, annotation):
             raise UserError(f"{where}.{key}: {value!r} is not of the type {annotation}.")
-    options = {key: list(d) if isinstance(d, tuple) else d for key, (_, d) in allowed.items()} | given
+    options = {
+        key: list(d) if isinstance(d, tuple) else d for key, (_, d) in allowed.items()
+    } | given
     check_option_values(where, schema, options)
     return options
 
 
 def fits(value: Any, annotation: str) -> bool:
-    """Whether a YAML value is of a type written as in a signature: float, int | None, list[str], Literal['a', 'b']."""
+    """Whether a YAML value is of a type written as in a signature: float, int | None, list[str],
+    Literal['a', 'b']."""
     if annotation.startswith("Literal"):
         return value in ast.literal_eval(f"({annotation.removeprefix('Literal')[1:-1]},)")
     if " | " in annotation:
@@ -296,7 +344,11 @@ def fits(value: Any, annotation: str) -> bool:
         case "float":
             return type(value) in (int, float) and math.isfinite(value)
         case "list[str]":
-            return isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) for v in value)
+            return (
+                isinstance(value, list)
+                and len(value) > 0
+                and all(isinstance(v, str) for v in value)
+            )
     raise AssertionError(annotation)
 
 
@@ -310,9 +362,13 @@ def check_option_values(where: str, schema: LossSchema, options: dict[str, Any])
     if "project" in options:
         one_of(f"{where}.project", options["project"], ["auto", "always"])
     if options.get("temperature") is not None and options["temperature"] <= 0:
-        raise UserError(f"{where}.temperature: {options['temperature']} is not allowed; it must be more than 0.")
+        raise UserError(
+            f"{where}.temperature: {options['temperature']} is not allowed; it must be more than 0."
+        )
     if options.get("splits") is not None and options["splits"] < 1:
-        raise UserError(f"{where}.splits: {options['splits']} is not allowed; it must be 1 or more.")
+        raise UserError(
+            f"{where}.splits: {options['splits']} is not allowed; it must be 1 or more."
+        )
     at_least(f"{where}.weight", options["weight"], 0)
 
 
@@ -323,7 +379,10 @@ def check_models(config: Config) -> None:
         loss_schema(name).teacher for stage in config.stages for name in stage.losses
     )
     if needed and config.teacher.path is None:
-        raise UserError("teacher.path: this run learns from a teacher; give a folder, package:NAME/path or hub name.")
+        raise UserError(
+            "teacher.path: this run learns from a teacher; give a folder, package:NAME/path or "
+            "hub name."
+        )
     teacher = model_shape(config.teacher.path) if config.teacher.path else None
     student = model_shape(config.student.path) if config.student.path else None
     for key, shape in (("teacher.path", teacher), ("student.path", student)):
@@ -339,8 +398,10 @@ def check_models(config: Config) -> None:
 def refuse_type(key: str, model_type: str) -> None:
     if model_type in ("deberta", "deberta-v2", "mpnet"):
         raise UserError(
-            f"{key}: models of the type {model_type!r} compute attention in their own code and not through "
-            "transformers' attention interface, so nothing inside them can be read; use a BERT, RoBERTa, ELECTRA, "
+            f"{key}: models of the type {model_type!r} compute attention in their own code and "
+            f"not through "
+            "transformers' attention interface, so nothing inside them can be read; use a BERT, "
+            "RoBERTa, ELECTRA, "
             "ModernBERT, Llama or another model that supports it."
         )
 
@@ -352,22 +413,34 @@ def student_shape(config: Config, teacher: Shape) -> Shape:
     key = "student.from_teacher"
     if isinstance(layers, int) and not isinstance(layers, bool):
         if not 1 <= layers <= teacher.layers:
-            raise UserError(f"{key}.layers: {layers} is not allowed; the teacher has {teacher.layers} layers.")
+            raise UserError(
+                f"{key}.layers: {layers} is not allowed; the teacher has {teacher.layers} layers."
+            )
         count = layers
-    elif isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < teacher.layers for i in layers):
+    elif (
+        isinstance(layers, list)
+        and layers
+        and all(type(i) is int and 0 <= i < teacher.layers for i in layers)
+    ):
         count = len(layers)
     else:
         raise UserError(
-            f"{key}.layers: {layers!r} is not allowed; give a number of layers, or a list of the teacher's layers "
+            f"{key}.layers: {layers!r} is not allowed; give a number of layers, or a list of the "
+            f"teacher's layers "
             f"0 to {teacher.layers - 1}."
         )
     hidden = cut.hidden or teacher.hidden
     if not 1 <= hidden <= teacher.hidden:
-        raise UserError(f"{key}.hidden: {hidden} is not allowed; it must be 1 to the teacher's {teacher.hidden}.")
+        raise UserError(
+            f"{key}.hidden: {hidden} is not allowed; it must be 1 to the teacher's "
+            f"{teacher.hidden}."
+        )
     heads = cut.heads or teacher.heads
     width = teacher.attention * hidden // teacher.hidden
     if heads < 1 or width % heads:
-        raise UserError(f"{key}.heads: {heads} is not allowed; it must divide the attention width {width}.")
+        raise UserError(
+            f"{key}.heads: {heads} is not allowed; it must divide the attention width {width}."
+        )
     return Shape(teacher.type, hidden, count, heads, width, teacher.key * hidden // teacher.hidden)
 
 
@@ -380,17 +453,23 @@ def check_stage_on_models(stage: StageConfig, teacher: Shape, student: Shape) ->
             except ValueError as error:
                 raise UserError(f"{where}: {error}") from error
         if "splits" in options:
-            check_splits(where, loss_schema(name).read_by(options), options["splits"], teacher, student)
+            check_splits(
+                where, loss_schema(name).read_by(options), options["splits"], teacher, student
+            )
 
 
-def check_splits(where: str, reads: tuple[str, ...], splits: int | None, teacher: Shape, student: Shape) -> None:
-    """Relation losses cut both models' vectors into as many equal blocks; by default as many as the student's heads."""
+def check_splits(
+    where: str, reads: tuple[str, ...], splits: int | None, teacher: Shape, student: Shape
+) -> None:
+    """Relation losses cut both models' vectors into as many equal blocks; by default as many as the
+    student's heads."""
     for read in reads:
         ours, theirs = student.width(read), teacher.width(read)
         given = student.heads if splits is None else splits
         if ours % given or theirs % given:
             source = "the student's heads" if splits is None else "given"
             raise UserError(
-                f"{where}.splits: {given} ({source}) must divide the width of {read} in both models, {ours} in the "
+                f"{where}.splits: {given} ({source}) must divide the width of {read} in both "
+                f"models, {ours} in the "
                 f"student and {theirs} in the teacher; use a divisor of {math.gcd(ours, theirs)}."
             )

@@ -377,6 +377,13 @@ def test_gradients_stay_out_of_the_teacher(name: str) -> None:
     assert student.grad.abs().sum() > 0 and teacher.grad is None
 
 
+def test_gradients_stay_out_of_the_teachers_head() -> None:
+    teacher = [x.clone().requires_grad_() for x in HEADS[2:]]
+    student = [x.clone().requires_grad_() for x in HEADS[:2]]
+    linear_divergence(*student, *teacher, kind="jsd").backward()
+    assert all(x.grad is not None for x in student) and all(x.grad is None for x in teacher)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_arithmetic_is_fp32_also_under_autocast(name: str, dtype: torch.dtype) -> None:

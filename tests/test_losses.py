@@ -222,6 +222,20 @@ def test_soft_labels_is_its_definition(shape: tuple) -> None:
         same(actual, expected)
 
 
+def test_soft_labels_of_an_impossible_class_are_those_of_the_others() -> None:
+    # Heads that rule classes out write -inf; inf - inf must not reach the loss.
+    student, teacher = model(STUDENT_WIDTH, 0), model(STUDENT_WIDTH, 10)
+    student.logits[:, 2], teacher.logits[:, 2] = -math.inf, -math.inf
+    rows, (grad,) = gradient("soft_labels", student, teacher)
+    others = [0, 1, 3, 4]
+    for side in (student, teacher):
+        side.logits = side.logits.detach()[:, others]
+    expected_rows, (expected_grad,) = gradient("soft_labels", student, teacher)
+    same(rows, expected_rows)
+    same(grad[:, others], expected_grad)
+    assert torch.equal(grad[:, 2], torch.zeros(B).double())
+
+
 def test_soft_labels_of_one_logit_is_a_squared_difference() -> None:
     # Softmax of one logit is always 1: a KL would be 0 whatever the student says.
     student, teacher = model(STUDENT_WIDTH, 0, (B, 1)), model(STUDENT_WIDTH, 10, (B, 1))

@@ -3,7 +3,7 @@
 Gradients go to the student's side only; rows are fp32, float64 where the inputs are.
 """
 
-from mlkd_kernels._backend import backends
+from mlkd_kernels._backend import backends, choose
 from mlkd_kernels.attention_map import attention_kl
 from mlkd_kernels.contrastive import info_nce
 from mlkd_kernels.linear_divergence import linear_divergence
@@ -13,6 +13,7 @@ from mlkd_kernels.similarity import similarity_kl, similarity_mse
 __all__ = [
     "attention_kl",
     "backends",
+    "choose",
     "info_nce",
     "linear_divergence",
     "relation_kl",

@@ -23,23 +23,36 @@ class Task:
     def settings(self) -> dict[str, Any]:
         return {"kind": "classification", "columns": self.columns}
 
-    def encode(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        wrong = next((v for v in rows[self.label] if isinstance(v, bool) or not isinstance(v, int)), None)
+    def encode(
+        self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> dict[str, list]:
+        wrong = next(
+            (v for v in rows[self.label] if isinstance(v, bool) or not isinstance(v, int)), None
+        )
         if wrong is not None:
-            raise ValueError(f"column {self.label!r}: {wrong!r} is not a class number; labels are 0, 1, 2, ...")
-        encoded = dict(tokenizer(*(rows[name] for name in self.texts), truncation=True, max_length=max_length))
+            raise ValueError(
+                f"column {self.label!r}: {wrong!r} is not a class number; labels are 0, 1, 2, ..."
+            )
+        encoded = dict(
+            tokenizer(*(rows[name] for name in self.texts), truncation=True, max_length=max_length)
+        )
         return encoded | {"labels": rows[self.label]}
 
     def check_labels(self, labels: list[int], classes: int) -> None:
-        """ValueError for a label that the model's head has no class for; -1 marks an unknown one, as in GLUE."""
+        """ValueError for a label that the model's head has no class for; -1 marks an unknown one,
+        as in GLUE."""
         for row, label in enumerate(labels):
             if not -1 <= label < classes:
                 raise ValueError(
-                    f"row {row}: label {label} is outside the model's {classes} classes (0 to {classes - 1}); "
-                    f"correct the column {self.label!r}, or use a model with more classes (task.labels)."
+                    f"row {row}: label {label} is outside the model's {classes} classes (0 to "
+                    f"{classes - 1}); "
+                    f"correct the column {self.label!r}, or use a model with more classes "
+                    f"(task.labels)."
                 )
 
-    def collate(self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    def collate(
+        self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase
+    ) -> Batch:
         kept = torch.tensor(keep)
         labels = torch.tensor([row["labels"] for row in rows])
         labels = labels.masked_fill((labels < 0) | ~kept, IGNORE)
@@ -47,7 +60,11 @@ class Task:
 
     def outputs(self, trace: Trace, batch: Batch) -> dict[str, Tensor]:
         logits = trace.logits.float()[batch.keep].cpu()
-        return {"class": logits.argmax(-1), "log_prob": logits.log_softmax(-1), "label": batch.labels[batch.keep].cpu()}
+        return {
+            "class": logits.argmax(-1),
+            "log_prob": logits.log_softmax(-1),
+            "label": batch.labels[batch.keep].cpu(),
+        }
 
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         """F1 of class 1 where there are two classes, as GLUE has it, else the mean over classes."""

@@ -1,4 +1,5 @@
-"""Sentence vectors, without labels: the student's vectors should relate to one another as the teacher's do."""
+"""Sentence vectors, without labels: the student's vectors should relate to one another as the
+teacher's do."""
 
 from typing import Any
 
@@ -23,10 +24,14 @@ class Task:
     def settings(self) -> dict[str, Any]:
         return {"kind": "embedding", "columns": self.columns}
 
-    def encode(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    def encode(
+        self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> dict[str, list]:
         return dict(tokenizer(rows[self.columns[0]], truncation=True, max_length=max_length))
 
-    def collate(self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    def collate(
+        self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase
+    ) -> Batch:
         kept = torch.tensor(keep)
         return Batch(pad(rows, tokenizer), kept, labels=None, label_keep=kept)
 
@@ -40,5 +45,7 @@ class Task:
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         """Spearman correlation of the cosine similarities of all pairs of held-out texts."""
         pairs = torch.triu_indices(len(student["vector"]), len(student["vector"]), offset=1)
-        similarity = [(m["vector"] @ m["vector"].T)[pairs[0], pairs[1]].numpy() for m in (student, teacher)]
+        similarity = [
+            (m["vector"] @ m["vector"].T)[pairs[0], pairs[1]].numpy() for m in (student, teacher)
+        ]
         return {"spearman": float(spearmanr(*similarity).statistic)}
