@@ -9,10 +9,11 @@ import difflib
 import importlib.util
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 
 class UserError(ValueError):
@@ -249,35 +250,52 @@ def resolve_path(path: str) -> str:
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """Defaults <- YAML <- `key=value`, checked. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"config {str(path)!r}: no such file.")
+        raise UserError(f"config {str(path)!r}: no such file; give a YAML file as in configs/.")
     try:
         given = OmegaConf.load(path)
     except Exception as error:
         raise UserError(
-            f"config {str(path)!r} is not YAML: {' '.join(str(error).split())}"
+            f"config {str(path)!r} is not YAML that can be read: {' '.join(str(error).split())}"
         ) from error
-    if not isinstance(given, DictConfig):
-        raise UserError(f"config {str(path)!r} must hold keys and values; it is empty or a list.")
+    if not isinstance(given, DictConfig) or not given:
+        raise UserError(
+            f"config {str(path)!r} is empty or a list; it must hold keys and values as in configs/."
+        )
     for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"argument {word!r}: settings are given as key=value, for example optim.lr=1e-4."
-            )
-        try:
-            OmegaConf.update(
-                given, key, OmegaConf.create(f"v: {value}").v if value else None, force_add=True
-            )
-        except Exception as error:
-            raise UserError(f"argument {word!r}: {str(error).splitlines()[0]}") from error
+        override(given, word)
     return from_mapping(given)
+
+
+def override(given: DictConfig, word: str) -> None:
+    """Put one `key=value` of the command line into what the YAML file gives."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"argument {word!r}: settings are given as key=value, for example optim.lr=1e-4."
+        )
+    try:
+        parsed = OmegaConf.create(f"v: {value}").v if value else None
+    except Exception as error:
+        raise UserError(
+            f"argument {word!r}: {value!r} is not a YAML value; put quotes around text with "
+            f"colons or brackets in it."
+        ) from error
+    try:
+        OmegaConf.update(given, key, parsed, force_add=True)
+    except Exception as error:
+        raise UserError(
+            f"argument {word!r}: there is no {key!r} in this config that can be set "
+            f"({first_sentence(error)}); stages are counted from 0, as in stages[0].steps=5."
+        ) from error
 
 
 def from_mapping(given: Any) -> Config:
     """A checked Config of a mapping of keys."""
     try:
+        given = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
+        check_given(given, Config, "")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     check(config)
     return config
@@ -291,17 +309,88 @@ def check(config: Config) -> None:
     validate(config)
 
 
+# Types of settings, in words.
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def check_given(given: Any, kind: Any, path: str) -> None:
+    """UserError that names the full path of the first key that does not exist or is of another
+    type. OmegaConf checks too, but inside lists it names only the last part of a key."""
+    if kind is Any:
+        return
+    if isinstance(kind, UnionType):
+        if given is not None:
+            check_given(given, get_args(kind)[0], path)
+    elif is_dataclass(kind):
+        check_keys(given, kind, path)
+    elif get_origin(kind) is list:
+        if not isinstance(given, list):
+            raise UserError(f"{path}: {shown(given)} is not allowed; give a list, as in [...].")
+        for index, value in enumerate(given):
+            check_given(value, get_args(kind)[0], f"{path}[{index}]")
+    elif get_origin(kind) is dict:
+        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+            raise UserError(f"{path}: {shown(given)} is not allowed; give names with their values.")
+    elif not fits(given, kind):
+        hint = " in quotes" if kind is str and given is not None else ""
+        raise UserError(f"{path}: {shown(given)} is not allowed; give {KINDS[kind]}{hint}.")
+
+
+def shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def fits(given: Any, kind: type) -> bool:
+    if kind is bool or isinstance(given, bool):
+        return type(given) is kind
+    return isinstance(given, {int: int, float: int | float, str: str | int | float}[kind])
+
+
+def check_keys(given: Any, kind: Any, path: str) -> None:
+    kinds = get_type_hints(kind)
+    allowed = ", ".join(kinds)
+    if not isinstance(given, dict):
+        raise UserError(
+            f"{path or 'config'}: {shown(given)} is not allowed; give keys and values of: "
+            f"{allowed}."
+        )
+    before = f"{path}." if path else ""
+    for key, value in given.items():
+        if key not in kinds:
+            meant = near_key(str(key), before, list(kinds))
+            raise UserError(f"{before}{key}: no such key{meant}; allowed here: {allowed}.")
+        check_given(value, kinds[key], f"{before}{key}")
+
+
+def near_key(word: str, before: str, here: list[str]) -> str:
+    """` (did you mean 'path.x'?)` of the keys elsewhere that are called so, else of one here that
+    is like it."""
+    elsewhere = [
+        f"{block.name}.{word}"
+        for block in fields(Config)
+        if is_dataclass(block.default_factory) and word in get_type_hints(block.default_factory)
+    ]
+    close = [f"{before}{key}" for key in difflib.get_close_matches(word, here, n=1)]
+    meant = " or ".join(map(repr, elsewhere or close))
+    return f" (did you mean {meant}?)" if meant else ""
+
+
 def explain(error: Exception) -> str:
-    """One sentence of an OmegaConf error: the full key, what was wrong, which keys exist there."""
-    key, owner = getattr(error, "full_key", None), getattr(error, "object_type", None)
-    said = str(error).splitlines()[0].rstrip(".")
-    if "missing mandatory value" in said:
-        said = "this key must be given"
-    elif isinstance(error, ConfigKeyError) and is_dataclass(owner):
-        allowed = [f.name for f in fields(owner)]
-        said = f"no such key{nearest(error.key, allowed)}; allowed here: {', '.join(allowed)}"
-    return f"{key or 'config'}: {said}."
+    """One sentence of an OmegaConf error."""
+    key = getattr(error, "full_key", None) or "config"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: this key must be given, in the file or as {key}=..."
+    return f"{key}: {first_sentence(error)}."
+
+
+def first_sentence(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+# First line of a config that a run has written, by which a run folder is known.
+HEADER = "# Every setting of this run, written by mlkd_dist.\n"
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(HEADER + OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -22,7 +22,7 @@ from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.metrics import Metrics
 from mlkd_dist.model import quiet, read_config
 from mlkd_dist.objective import Objective, Widths
-from mlkd_dist.run import Run, check_folder, on_first, prepared, starting_student
+from mlkd_dist.run import Run, check_start, class_count, make_folder, on_first, prepared, source
 from mlkd_dist.schedule import learning_rate, total_steps
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
@@ -58,12 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def distill(config: Config, world: World) -> None:
     """All stages of a run, and its report."""
+    check_start(config, world)
     if config.teacher.finetune is not None:
         finetune_teacher(config, world)
         config = with_finetuned_teacher(config)
-    check_folder(config, world)
-    student_path = on_first(world, lambda: starting_student(config))
-    run = prepared(config, world, student_path)
+    run = prepared(config, world, source(config))
+    student_path = make_folder(config, world)
     evaluator = Evaluator(run)
     before = evaluator(student_path, config.student.dtype, config.student.attention)
     train(run, student_path)
@@ -249,22 +249,15 @@ def trainable(run: Run, path: str) -> Any:
     )
 
 
-def class_count(run: Run) -> int | None:
-    """Classes of a new head for a model that is trained on labels alone; None where it must have
-    its head already."""
-    if run.config.task.kind != "classification" or run.config.teacher.path is not None:
-        return None
-    return run.config.task.labels or max(run.train["labels"]) + 1
-
-
 def finetune_teacher(config: Config, world: World) -> None:
     """Train `teacher.path` on the task's labels, with the student's engine and hard labels. A
     finished one that was made by the same settings is used again."""
     own = finetune_config(config)
     if on_first(world, lambda: finished(own)):
         return
-    check_folder(own, world)
-    run = prepared(own, world, own.student.path)
+    check_start(own, world)
+    run = prepared(own, world, source(own))
+    make_folder(own, world)
     train(run, own.student.path)
     report(Evaluator(run))
 

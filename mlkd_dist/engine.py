@@ -122,9 +122,11 @@ def sharded_loading(zero_stage: int, ds_config: dict[str, Any]) -> Iterator[None
 
 
 def frozen_config(dtype: str, zero_stage: int, offload: str) -> dict[str, Any]:
-    zero = {"stage": zero_stage} | (
-        {"offload_param": {"device": "cpu"}} if offload == "cpu" else {}
-    )
+    # DeepSpeed's linear saves memory in a backward pass, which a frozen model has not, and would
+    # replace torch's in the student too.
+    zero: dict[str, Any] = {"stage": zero_stage, "memory_efficient_linear": False}
+    if offload == "cpu":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
@@ -190,7 +192,7 @@ def student_engine(
         lr=lr,
         betas=tuple(config.optim.betas),
         eps=config.optim.eps,
-        fused=torch.cuda.is_available() and config.student.offload == "none",
+        fused=True,
     )
     if plain_optimizer(config):
         clip_in_step(optimizer, trained, config.optim.grad_clip)

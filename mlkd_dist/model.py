@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -102,9 +103,11 @@ def load_model(
     ds_config: dict[str, Any] | None = None,
     new_head: bool = False,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """With the tap in place, and sharded while loading at ZeRO 3. Weights that the folder lacks are
-    refused, but for a head that is to be trained (`new_head`) and a pooler, which no loss reads."""
+    refused, but for a head that is to be trained (`new_head`) and a pooler, which no loss reads.
+    Without `weights` all is checked and the model stays on the meta device."""
     if getattr(config, "attn_logit_softcapping", None) and attention != "eager":
         raise UserError(
             f"model {path!r} caps its attention scores, which {attention} leaves out; set "
@@ -119,13 +122,21 @@ def load_model(
                 attn_implementation=TAP + attention,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                device_map=None if weights else "meta",
+                ignore_mismatched_sizes=not weights,
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
     try:
         check_readable(model, path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if info["mismatched_keys"]:
+        name, there, wanted = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"model {path!r} has {name} of the shape {list(there)} where {list(wanted)} is needed; "
+            f"use a model of as many classes as the data has (task.labels)."
+        )
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     prefix = model.base_model_prefix + "."
     inside = [name for name in missing if model_class is AutoModel or name.startswith(prefix)]

@@ -214,9 +214,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The loss of micro-batch number `index` for the backward pass, and this micro-batch's
         share of each term ([terms], without weights) for the logs: the shares of a step sum to the
-        terms of the global batch.
-
-        """
+        terms of the global batch."""
         losses, shares = [], []
         for term in self.terms:
             if term.schema.scope == "batch":

@@ -103,10 +103,14 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list
         for wide, narrow in zip(found.shape, target.shape, strict=True):
             if wide != narrow and (wide, narrow) not in sizes:
                 raise UserError(
-                    f"student.from_teacher.hidden: {name} joins several matrices in one ({wide} "
-                    f"to {narrow}) and "
-                    "cannot be narrowed; leave hidden empty for this family."
+                    f"student.from_teacher.hidden: {name} joins several matrices in one ({wide} to "
+                    f"{narrow}) and cannot be narrowed; leave hidden empty for this family."
                 )
+        # A norm inside each head (Qwen3) meets wider heads where fewer of them share the width.
+        repeats = [
+            -(-narrow // wide) for wide, narrow in zip(found.shape, target.shape, strict=True)
+        ]
+        found = found.repeat(repeats) if max(repeats, default=1) > 1 else found
         target.copy_(found[tuple(slice(0, size) for size in target.shape)])
 
 
@@ -174,6 +178,10 @@ def load_student(
     if not settings.dropout:
         turn_off_dropout(model)
     if settings.activation_checkpointing == "non_reentrant":
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                f"student.activation_checkpointing: {type(model).__name__} does not support it; use none."
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -196,7 +204,7 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel, objective: Objective):
         super().__init__()
         self.model, self.objective = model, objective
-        self.projections = objective.projections()
+        self.projections = objective.projections().to(model.dtype)
 
     def forward(
         self,

@@ -5,19 +5,30 @@ say about widths and layers."""
 import ast
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist.config import Config, StageConfig, TermConfig, UserError, nearest, resolve_path
-from mlkd_dist.layer_map import layer_pairs
+from mlkd_dist.config import (
+    Config,
+    FromTeacherConfig,
+    StageConfig,
+    TermConfig,
+    UserError,
+    nearest,
+    resolve_path,
+)
+from mlkd_dist.layer_map import is_pairs, layer_pairs
 
 LOSSES = Path(__file__).parent / "losses"
 TASKS = Path(__file__).parent / "tasks"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 ATTENTION = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 # Options of one task only; set for another task they would be ignored.
 TASK_OPTIONS = {"pooling": "embedding", "labels": "classification", "mask_probability": "masked_lm"}
+ONE_TEXT = ["embedding", "masked_lm"]
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
     "train_batch_size": "batch",
@@ -29,7 +40,9 @@ OWNED = {
     "bf16": "student.dtype",
     "fp16": "student.dtype",
     "activation_checkpointing": "student.activation_checkpointing",
+    "amp": "student.dtype",
 }
+OWNED_ZERO = {"stage": "student.zero_stage", "offload_optimizer": "student.offload"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,10 @@ class Shape:
     heads: int
     attention: int  # heads times width of a head
     key: int  # key heads times width of a head
+
+    @property
+    def known(self) -> bool:
+        return min(self.hidden, self.layers, self.heads) > 0
 
     def width(self, read: str) -> int:
         """Of what a loss reads in a layer."""
@@ -109,11 +126,15 @@ def loss_schema(name: str) -> LossSchema:
 
 
 def model_shape(path: str) -> Shape | None:
-    """Of a local folder; None for a hub name, whose config is looked at later."""
-    folder = Path(resolve_path(path))
+    """Of a local folder; None for a hub name, whose config is looked at when the run starts."""
+    folder = Path(resolve_path(path)).expanduser()
     if not folder.is_dir():
-        if folder.is_absolute() or path.startswith((".", "runs/")) or path.count("/") > 1:
-            raise UserError(f"model {path!r}: no such folder.")
+        if folder.exists() or folder.is_absolute() or path.startswith((".", "runs/")):
+            raise UserError(f"model {path!r}: no such folder; give a Hugging Face model folder.")
+        if not HUB_NAME.fullmatch(path):
+            raise UserError(
+                f"model {path!r}: there is no such folder, and it is no hub name (owner/name)."
+            )
         return None
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -121,28 +142,33 @@ def model_shape(path: str) -> Shape | None:
         )
     try:
         config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"model {path!r}: config.json is not JSON: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(
+            f"model {path!r}: config.json names no model_type; give a Hugging Face model folder."
+        )
+    return shape(config)
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    """What is not said, or said by other names, is 0: such a model is looked at again when the run
+    starts."""
 
     def first(*keys: str) -> int:
-        return next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
+        return next((config[key] for key in keys if type(config.get(key)) is int), 0)
 
     hidden = first("hidden_size", "dim", "n_embd", "d_model")
     heads = first("num_attention_heads", "n_heads", "n_head")
-    return shape(
-        str(config.get("model_type")),
+    head_dim = first("head_dim") or hidden // max(heads, 1)
+    return Shape(
+        config["model_type"],
         hidden,
         first("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
         heads,
-        first("num_key_value_heads") or heads,
-        first("head_dim") or hidden // max(heads, 1),
+        heads * head_dim,
+        (first("num_key_value_heads") or heads) * head_dim,
     )
-
-
-def shape(
-    model_type: str, hidden: int, layers: int, heads: int, key_heads: int, head_dim: int
-) -> Shape:
-    return Shape(model_type, hidden, layers, heads, heads * head_dim, key_heads * head_dim)
 
 
 def validate(config: Config) -> None:
@@ -150,15 +176,18 @@ def validate(config: Config) -> None:
     check_values(config)
     check_deepspeed(config.deepspeed)
     check_task(config)
+    check_folders(config)
     stages = config.stages
     if not stages:
         raise UserError(
             "stages: give at least one stage, for example [{steps: 100, losses: {hidden_mse: {}}}]."
         )
     if len({stage.name for stage in stages}) < len(stages):
-        raise UserError(f"stages: names must differ, given {[stage.name for stage in stages]}.")
-    for stage in stages:
-        check_stage(stage, config.task.kind)
+        raise UserError(
+            f"stages: names must differ, given {[stage.name for stage in stages]}; rename one."
+        )
+    for index, stage in enumerate(stages):
+        check_stage(f"stages[{index}]", stage, config.task.kind)
     check_models(config)
 
 
@@ -174,6 +203,11 @@ def one_of(key: str, value: Any, allowed: list[Any]) -> None:
 def at_least(key: str, value: float, low: float) -> None:
     if not (math.isfinite(value) and value >= low):
         raise UserError(f"{key}: {value} is not allowed; it must be {low} or more.")
+
+
+def above(key: str, value: float, low: float) -> None:
+    if not (math.isfinite(value) and value > low):
+        raise UserError(f"{key}: {value} is not allowed; it must be more than {low}.")
 
 
 def share(key: str, value: float) -> None:
@@ -227,8 +261,13 @@ def check_values(config: Config) -> None:
     ):
         at_least(key, value, low)
     share("data.validation_fraction", config.data.validation_fraction)
-    if len(config.optim.betas) != 2:
-        raise UserError(f"optim.betas: two numbers are needed, given {config.optim.betas}.")
+    above("optim.eps", config.optim.eps, 0)
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(
+            f"optim.betas: {betas} is not allowed; give two numbers from 0 to below 1, as in "
+            f"[0.9, 0.999]."
+        )
     if config.data.pack:
         raise UserError("data.pack: true is not available for these tasks; use false.")
 
@@ -239,10 +278,51 @@ def check_deepspeed(extra: dict[str, Any]) -> None:
             raise UserError(
                 f"deepspeed.{key}: this is set by {ours}; remove it here and set it there."
             )
-    if "stage" in (extra.get("zero_optimization") or {}):
+    zero = extra.get("zero_optimization", {})
+    if not isinstance(zero, dict):
         raise UserError(
-            "deepspeed.zero_optimization.stage: this is set by student.zero_stage; set it there."
+            f"deepspeed.zero_optimization: {zero!r} is not allowed; give keys and values, and the "
+            f"stage as student.zero_stage."
         )
+    for key, ours in OWNED_ZERO.items():
+        if key in zero:
+            raise UserError(
+                f"deepspeed.zero_optimization.{key}: this is set by {ours}; remove it here and "
+                f"set it there."
+            )
+
+
+def check_folders(config: Config) -> None:
+    """The run folder may be replaced, so nothing that the run needs lies in it."""
+    if not config.run.dir.strip():
+        raise UserError("run.dir: it is empty; give the folder that receives the run.")
+    folder = Path(config.run.dir).expanduser().resolve()
+    finetune = config.teacher.finetune
+    read = {
+        "teacher.path": config.teacher.path,
+        "student.path": config.student.path,
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+    }
+    written = {
+        "data.cache": config.data.cache,
+        "teacher.finetune.dir": finetune.dir if finetune else None,
+    }
+    for key, path in (read | written).items():
+        if path is None or ":" in path:
+            continue
+        place = Path(path).expanduser().resolve()
+        # What is not there may be a hub name.
+        if place.is_relative_to(folder) and (key in written or place.exists()):
+            raise UserError(
+                f"{key}: {path!r} lies in run.dir ({config.run.dir!r}), which the run writes "
+                f"anew; choose another run.dir."
+            )
+        if key == "teacher.finetune.dir" and folder.is_relative_to(place):
+            raise UserError(
+                f"run.dir: {config.run.dir!r} lies in teacher.finetune.dir ({path!r}), which the "
+                f"fine-tuning writes anew; choose another run.dir."
+            )
 
 
 def check_task(config: Config) -> None:
@@ -253,6 +333,10 @@ def check_task(config: Config) -> None:
                 f"task.{option}: only for task.kind {kind}, given with {config.task.kind}; remove "
                 f"it."
             )
+    if config.data.text_pair is not None and config.task.kind in ONE_TEXT:
+        raise UserError(
+            f"data.text_pair: the task {config.task.kind} reads one text per row; remove it."
+        )
     if config.task.pooling is not None:
         one_of("task.pooling", config.task.pooling, ["mean", "cls", "last"])
     if config.task.mask_probability is not None:
@@ -272,31 +356,45 @@ def check_task(config: Config) -> None:
 def check_length(key: str, given: Any) -> None:
     if (given.steps is None) == (given.epochs is None):
         raise UserError(
-            f"{key}: give either steps or epochs, {'both' if given.steps else 'neither'} is given."
+            f"{key}: give either steps or epochs, "
+            f"{'neither' if given.steps is None else 'both'} is given."
         )
     length = given.steps if given.epochs is None else given.epochs
     if not (math.isfinite(length) and length > 0):
         raise UserError(f"{key}: its length is {length}; it must be more than 0.")
 
 
-def check_stage(stage: StageConfig, task: str) -> None:
-    where = f"stage {stage.name!r}"
+def check_stage(where: str, stage: StageConfig, task: str) -> None:
     check_length(where, stage)
     if stage.lr is not None:
-        at_least(f"{where}: lr", stage.lr, 0)
+        at_least(f"{where}.lr", stage.lr, 0)
+    check_layers(where, stage.layers)
+    known = names(LOSSES)
     if not stage.losses:
-        raise UserError(f"{where}: losses: give at least one of {', '.join(names(LOSSES))}.")
+        raise UserError(f"{where}.losses: none is given; give at least one of {', '.join(known)}.")
     for name, given in stage.losses.items():
-        if name not in names(LOSSES):
-            known = names(LOSSES)
+        key = f"{where}.losses.{name}"
+        if name not in known:
             raise UserError(
-                f"{where}: no loss {name!r}{nearest(name, known)}; use {', '.join(known)}."
+                f"{key}: no such loss{nearest(name, known)}; use one of {', '.join(known)}."
             )
-        stage.losses[name] = loss_options(f"{where}: losses.{name}", loss_schema(name), given)
-        if task == "embedding" and loss_schema(name).rows == "label":
+        schema = loss_schema(name)
+        if task == "embedding" and schema.rows == "label":
             raise UserError(
-                f"{where}: {name} reads logits, and the embedding task has none; remove it."
+                f"{key}: this loss reads logits, and the embedding task has none; remove it or "
+                f"choose another task.kind."
             )
+        stage.losses[name] = loss_options(key, schema, given)
+
+
+def check_layers(where: str, layers: Any) -> None:
+    """Its form; which layers there are is known with the models."""
+    if layers not in ("uniform", "last") and not is_pairs(layers):
+        close = nearest(layers, ["uniform", "last"])
+        raise UserError(
+            f"{where}.layers: {layers!r} is not allowed{close}; use uniform, last, or pairs "
+            f"[[student, teacher], ...] of layer numbers counted from 0."
+        )
 
 
 def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:
@@ -309,15 +407,14 @@ def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:
     for key, value in given.items():
         if key not in allowed:
             raise UserError(
-                f"{where}: no option {key!r}{nearest(key, list(allowed))}; allowed here: "
+                f"{where}.{key}: no such option{nearest(key, list(allowed))}; allowed here: "
                 f"{', '.join(allowed)}."
             )
         annotation = allowed[key][0]
-        annotation = (
-            annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
-        )
+        if not isinstance(annotation, str):
+            annotation = getattr(annotation, "__name__", "Any")
         if not fits(value, annotation):
-            raise UserError(f"{where}.{key}: {value!r} is not of the type {annotation}.")
+            raise UserError(f"{where}.{key}: {value!r} is not allowed; give {told(annotation)}.")
     options = {
         key: list(d) if isinstance(d, tuple) else d for key, (_, d) in allowed.items()
     } | given
@@ -329,7 +426,7 @@ def fits(value: Any, annotation: str) -> bool:
     """Whether a YAML value is of a type written as in a signature: float, int | None, list[str],
     Literal['a', 'b']."""
     if annotation.startswith("Literal"):
-        return value in ast.literal_eval(f"({annotation.removeprefix('Literal')[1:-1]},)")
+        return isinstance(value, str | int) and value in literals(annotation)
     if " | " in annotation:
         return any(fits(value, part) for part in annotation.split(" | "))
     match annotation:
@@ -352,29 +449,59 @@ def fits(value: Any, annotation: str) -> bool:
     raise AssertionError(annotation)
 
 
+def literals(annotation: str) -> tuple[Any, ...]:
+    return ast.literal_eval(f"({annotation.removeprefix('Literal')[1:-1]},)")
+
+
+def told(annotation: str) -> str:
+    """Such a type in words."""
+    if annotation.startswith("Literal"):
+        return f"one of {', '.join(map(str, literals(annotation)))}"
+    return " or ".join(
+        {
+            "None": "null",
+            "bool": "true or false",
+            "str": "a name",
+            "int": "a whole number",
+            "float": "a finite number",
+            "list[str]": "a list of names, as in [name]",
+        }[part]
+        for part in annotation.split(" | ")
+    )
+
+
 def check_option_values(where: str, schema: LossSchema, options: dict[str, Any]) -> None:
     for name in schema.read_by(options):
         one_of(f"{where}.of", name, list(schema.reads))
-    if "average" in options:
-        one_of(f"{where}.average", options["average"], ["sample", "token"])
-    if "sum_layers" in options:
-        one_of(f"{where}.sum_layers", options["sum_layers"], ["sum", "mean"])
-    if "project" in options:
-        one_of(f"{where}.project", options["project"], ["auto", "always"])
-    if options.get("temperature") is not None and options["temperature"] <= 0:
+    for key, allowed in (
+        ("average", ["sample", "token"]),
+        ("sum_layers", ["sum", "mean"]),
+        ("project", ["auto", "always"]),
+    ):
+        if key in options:
+            one_of(f"{where}.{key}", options[key], allowed)
+    for key in ("temperature", "student_scale", "teacher_scale"):
+        if options.get(key) is not None:
+            above(f"{where}.{key}", options[key], 0)
+    if options.get("splits") is not None:
+        at_least(f"{where}.splits", options["splits"], 1)
+    smoothing = options.get("label_smoothing", 0)
+    if not 0 <= smoothing < 1:
         raise UserError(
-            f"{where}.temperature: {options['temperature']} is not allowed; it must be more than 0."
+            f"{where}.label_smoothing: {smoothing} is not allowed; it must be 0 or more and below "
+            f"1."
         )
-    if options.get("splits") is not None and options["splits"] < 1:
-        raise UserError(
-            f"{where}.splits: {options['splits']} is not allowed; it must be 1 or more."
-        )
+    if options.get("layers") is not None:
+        check_layers(where, options["layers"])
     at_least(f"{where}.weight", options["weight"], 0)
 
 
 def check_models(config: Config) -> None:
     if (config.student.path is None) == (config.student.from_teacher is None):
-        raise UserError("student: give either path or from_teacher, exactly one of them.")
+        raise UserError(
+            f"student: give either path or from_teacher, "
+            f"{'neither' if config.student.path is None else 'both'} is given."
+        )
     needed = config.student.from_teacher is not None or any(
         loss_schema(name).teacher for stage in config.stages for name in stage.losses
     )
@@ -388,11 +515,18 @@ def check_models(config: Config) -> None:
     for key, shape in (("teacher.path", teacher), ("student.path", student)):
         if shape is not None:
             refuse_type(key, shape.type)
-    if config.student.from_teacher is not None and teacher is not None:
-        student = student_shape(config, teacher)
-    if teacher is not None and student is not None:
-        for stage in config.stages:
-            check_stage_on_models(stage, teacher, student)
+    check_shapes(config, teacher, student)
+
+
+def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> None:
+    """The student to be cut, layer maps and splits, where the models are known."""
+    if teacher is None or not teacher.known:
+        return
+    if config.student.from_teacher is not None:
+        student = student_shape(config.student.from_teacher, teacher)
+    if student is not None and student.known:
+        for index, stage in enumerate(config.stages):
+            check_stage_on_models(f"stages[{index}]", stage, teacher, student)
 
 
 def refuse_type(key: str, model_type: str) -> None:
@@ -406,9 +540,8 @@ def refuse_type(key: str, model_type: str) -> None:
         )
 
 
-def student_shape(config: Config, teacher: Shape) -> Shape:
+def student_shape(cut: FromTeacherConfig, teacher: Shape) -> Shape:
     """Shape of the student that from_teacher asks for; raises where there is no such student."""
-    cut = config.student.from_teacher
     layers = cut.layers if cut.layers is not None else teacher.layers
     key = "student.from_teacher"
     if isinstance(layers, int) and not isinstance(layers, bool):
@@ -429,33 +562,34 @@ def student_shape(config: Config, teacher: Shape) -> Shape:
             f"teacher's layers "
             f"0 to {teacher.layers - 1}."
         )
-    hidden = cut.hidden or teacher.hidden
+    hidden = teacher.hidden if cut.hidden is None else cut.hidden
     if not 1 <= hidden <= teacher.hidden:
         raise UserError(
             f"{key}.hidden: {hidden} is not allowed; it must be 1 to the teacher's "
             f"{teacher.hidden}."
         )
-    heads = cut.heads or teacher.heads
+    heads = teacher.heads if cut.heads is None else cut.heads
     width = teacher.attention * hidden // teacher.hidden
     if heads < 1 or width % heads:
         raise UserError(
-            f"{key}.heads: {heads} is not allowed; it must divide the attention width {width}."
+            f"{key}.heads: {heads} is not allowed; it must divide the attention width of the "
+            f"student, {width}."
         )
     return Shape(teacher.type, hidden, count, heads, width, teacher.key * hidden // teacher.hidden)
 
 
-def check_stage_on_models(stage: StageConfig, teacher: Shape, student: Shape) -> None:
+def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:
     for name, options in stage.losses.items():
-        where = f"stage {stage.name!r}: losses.{name}"
-        if loss_schema(name).scope == "layer":
+        key, schema = f"{where}.losses.{name}", loss_schema(name)
+        if schema.scope == "layer":
+            own = options["layers"]
+            place = where if own is None else key
             try:
-                layer_pairs(options["layers"] or stage.layers, student.layers, teacher.layers)
+                layer_pairs(stage.layers if own is None else own, student.layers, teacher.layers)
             except ValueError as error:
-                raise UserError(f"{where}: {error}") from error
+                raise UserError(f"{place}.{error}") from error
         if "splits" in options:
-            check_splits(
-                where, loss_schema(name).read_by(options), options["splits"], teacher, student
-            )
+            check_splits(key, schema.read_by(options), options["splits"], teacher, student)
 
 
 def check_splits(

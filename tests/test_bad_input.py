@@ -1,0 +1,249 @@
+"""Mistakes that only data and models can tell: one sentence each, and no run folder is touched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BERT, ROOT, WORDS, run_config, write_model, write_tokenizer
+
+from mlkd_dist.config import HEADER
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+}
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+GOOD = [{"text": f"w{i} w{i + 1}", "label": i % 3} for i in range(8)]
+
+# Case -> the rows of its training file.
+ROWS = {
+    "no rows": [],
+    "not JSON": [*GOOD[:2], '{"text": "w1", "label"', *GOOD[2:]],
+    "no such column": [{"texts": "w1", "label": 0}] * 3,
+    "label outside": [*GOOD, {"text": "w1", "label": 3}],
+    "label a name": [{"text": "w1", "label": "good"}, {"text": "w2", "label": "bad"}],
+    "label a fraction": [{"text": "w1", "label": 0.5}, {"text": "w2", "label": 1.5}],
+}
+
+# Case -> pieces that its sentence must hold.
+SAID = {
+    "other tokenizer": ["teacher", "student", "different tokenizers", "'w0'", "'other'", "use a"],
+    "no rows": ["no rows.jsonl", "is empty"],
+    "not JSON": ["not JSON.jsonl", "line 3", "not JSON", "one JSON object per line"],
+    "no such column": ["'text'", "did you mean 'texts'?", "data.text"],
+    "label outside": ["data.train", "row 8", "label 3", "3 classes", "0 to 2"],
+    "label a name": ["'label'", "'good'", "labels are 0, 1, 2"],
+    "label a fraction": ["'label'", "0.5", "labels are 0, 1, 2"],
+    "no such file": ["absent.jsonl", "no such file"],
+    "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
+    "broken weights": ["cut short", "cannot be loaded"],
+    "too long": ["data.max_length: 65", "64 tokens", "use 64 or less"],
+    "other classes": ["3 classes", "2", "same task", "student.from_teacher"],
+    "other class count": ["task.labels: 5", "3 classes", "remove it"],
+    "head of another size": ["classifier", "3", "2", "task.labels"],
+    "no mask token": ["no mask token", "masked_lm"],
+    "validation is train": ["data.validation is the training data", "data.validation_fraction"],
+    "no attention interface": ["ConvBertModel", "attention interface", "use a BERT"],
+    "no type known": ["its config cannot be read", "novel"],
+    "cannot be cut": ["student.from_teacher.hidden", "cannot be narrowed", "leave hidden empty"],
+    "an earlier run": ["run.dir", "holds an earlier run", "run.overwrite=true"],
+    "files of others": ["run.dir", "holds files that are no run", "choose another folder"],
+    "own file in a run": ["run.dir", "holds files that are no run", "choose another folder"],
+    "a config that no run wrote": ["run.dir", "holds files that are no run"],
+    "a file as folder": ["run.dir", "is a file", "choose another folder"],
+    "below a file": ["Not a directory"],
+    "no flash attention": ["attention: flash_attention_2", "flash-attn"],
+    "a teacher in the making": ["run.dir", "-teacher", "holds files that are no run"],
+    "labels refused after finetune is planned": ["data.train", "row 8", "label 3"],
+}
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    from transformers import (
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        BertConfig,
+        ConvBertConfig,
+        GPT2Config,
+    )
+
+    bert = BertConfig(**BERT, num_labels=3)
+    two = BertConfig(**BERT, num_labels=2)
+    convbert = ConvBertConfig(**BERT, embedding_size=48)
+    gpt2 = GPT2Config(
+        vocab_size=64, n_embd=48, n_layer=4, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
+    )
+    classifier = AutoModelForSequenceClassification
+    made = {
+        "three": write_model(folder / "three", bert, classifier),
+        "two": write_model(folder / "two", two, classifier),
+        "base": write_model(folder / "base", bert, AutoModel),
+        "words": write_model(folder / "words", bert, classifier, words=["other", *WORDS[1:]]),
+        "convbert": write_model(folder / "convbert", convbert, AutoModel),
+        "gpt2": write_model(folder / "gpt2", gpt2, classifier),
+        "maskless": write_model(folder / "maskless", bert, AutoModelForMaskedLM),
+    }
+    settings = made["maskless"] / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "mask_token"}
+    settings.write_text(json.dumps(kept))
+    cut = made["cut short"] = folder / "cut short"
+    shutil.copytree(made["three"], cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    novel = made["novel"] = folder / "novel"
+    write_tokenizer(novel)
+    (novel / "config.json").write_text('{"model_type": "novel"}')
+    return made
+
+
+def earlier_run(folder: Path) -> None:
+    (folder / "export").mkdir(parents=True)
+    (folder / "config.yaml").write_text(HEADER)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "export" / "model.safetensors").write_text("trained for a week")
+
+
+def all_configs(base: Path) -> dict[str, dict]:
+    """Case -> its config; nearly all would replace an earlier run that is already there."""
+    models = write_models(base / "models")
+    data = {"train": write_rows(base / "good.jsonl", GOOD), "validation_fraction": 0.3}
+
+    def config(
+        case: str, teacher: str = "three", task: str = "classification", **more: Any
+    ) -> dict:
+        folder = base / case
+        folder.mkdir()
+        rows = {"train": write_rows(folder / f"{case}.jsonl", ROWS[case])} if case in ROWS else {}
+        found = run_config(folder, models[teacher], data | rows, task, **more)
+        if task == "masked_lm":
+            found["stages"][0]["losses"] = {"hidden_mse": {}}
+        earlier_run(folder / "run")
+        found["run"]["overwrite"] = True
+        return found
+
+    def student(name: str) -> dict:
+        return {"path": str(models[name]), "zero_stage": 0}
+
+    configs = {case: config(case) for case in ROWS}
+    configs |= {
+        "other tokenizer": config("other tokenizer", student=student("words")),
+        "no such file": config("no such file", data__train=str(base / "absent.jsonl")),
+        "no head": config("no head", teacher="base"),
+        "broken weights": config("broken weights", teacher="cut short"),
+        "too long": config("too long", data__max_length=65),
+        "other classes": config("other classes", student=student("two")),
+        "other class count": config("other class count", task__labels=5),
+        "head of another size": config("head of another size", student=student("two")),
+        "no mask token": config("no mask token", "maskless", "masked_lm"),
+        "validation is train": config("validation is train", data__validation=data["train"]),
+        "no attention interface": config("no attention interface", "convbert", "embedding"),
+        "no type known": config("no type known", "novel"),
+        "cannot be cut": config("cannot be cut", "gpt2"),
+        "an earlier run": config("an earlier run", run__overwrite=False),
+        "files of others": config("files of others"),
+        "own file in a run": config("own file in a run"),
+        "a config that no run wrote": config("a config that no run wrote"),
+        "a file as folder": config("a file as folder"),
+        "below a file": config("below a file"),
+        "no flash attention": config("no flash attention", teacher__attention="flash_attention_2"),
+        "a teacher in the making": config("a teacher in the making", "base"),
+        "labels refused after finetune is planned": config(
+            "labels refused after finetune is planned", "base"
+        ),
+    }
+    configs["an earlier run"]["run"]["overwrite"] = False
+    of_one_loss = {"teacher": {}, "stages": [{"steps": 1, "losses": {"hard_labels": {}}}]}
+    configs["head of another size"] |= of_one_loss
+    embeddings = {"steps": 1, "losses": {"sample_relation": {}}}
+    configs["no attention interface"] |= {"stages": [embeddings], "student": student("convbert")}
+    configs["cannot be cut"]["stages"] = [{"steps": 1, "losses": {"soft_labels": {}}}]
+    others = base / "files of others" / "run"
+    shutil.rmtree(others)
+    others.mkdir()
+    (others / "thesis.tex").write_text("all of it")
+    (base / "own file in a run" / "run" / "notes.txt").write_text("what I saw")
+    (base / "a config that no run wrote" / "run" / "config.yaml").write_text("run: {}\n")
+    blocked = base / "a file as folder" / "run"
+    shutil.rmtree(blocked)
+    blocked.write_text("a file")
+    configs["below a file"]["run"]["dir"] = str(base / "good.jsonl" / "run")
+    for case in ("a teacher in the making", "labels refused after finetune is planned"):
+        configs[case]["teacher"]["finetune"] = {"steps": 1}
+    teacher = base / "a teacher in the making" / "run-teacher"
+    teacher.mkdir()
+    (teacher / "thesis.tex").write_text("all of it")
+    last = configs["labels refused after finetune is planned"]
+    last["data"]["train"] = configs["label outside"]["data"]["train"]
+    last["task"]["labels"] = 3
+    return configs
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files, but for the cache of tokenised data."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(name): path.read_bytes() for name, path in files.items() if name.parts[0] != "cache"
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list, bool]]:
+    """Case -> [kind of error, message], and whether all its files are as they were."""
+    base = tmp_path_factory.mktemp("refused")
+    configs = all_configs(base)
+    paths = {case: base / f"{case}.yaml" for case in configs}
+    for case, config in configs.items():
+        paths[case].write_text(yaml.safe_dump(config))
+    before = {case: contents(base / case) for case in configs}
+    command = [sys.executable, str(ROOT / "tests" / "refused_runs.py"), str(base / "said.json")]
+    subprocess.run(
+        [*command, *map(str, paths.values())], env=os.environ | ENVIRONMENT, check=True, timeout=300
+    )
+    said = json.loads((base / "said.json").read_text())
+    return lambda case: (said[str(paths[case])], contents(base / case) == before[case])
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_one_sentence_and_nothing_touched(refused: Callable, case: str) -> None:
+    (kind, message), untouched = refused(case)
+    assert kind == "UserError", message
+    assert "\n" not in message
+    assert [piece for piece in SAID[case] if piece not in message] == [], message
+    assert untouched
+
+
+def test_every_case_is_expected() -> None:
+    assert ROWS.keys() <= SAID.keys()
+
+
+@pytest.mark.slow
+def test_two_processes_say_it_once_and_end(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    train = write_rows(tmp_path / "train.jsonl", ROWS["not JSON"])
+    config = run_config(tmp_path, teachers["classification"], {"train": train})
+    config["launch"] = {"processes": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "mlkd_dist.cli", "distill", str(tmp_path / "run.yaml")]
+    done = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert output.count("line 3 is not JSON") == 1, output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()

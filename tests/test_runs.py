@@ -1,0 +1,203 @@
+"""Whole runs of two processes: what is exported, what is logged, what repeats."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch, logged, run_config
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -> dict[str, dict]:
+    """Many small runs in the same two processes: name -> config."""
+    base: Path = tmp_path_factory.mktemp("runs")
+
+    def config(name: str, task: str = "classification", **changes: object) -> dict:
+        folder = base / name
+        folder.mkdir()
+        return run_config(folder, teachers[task], data, task, **changes)
+
+    two_stages = [
+        {"name": "one", "steps": 3, "losses": {"hidden_mse": {}}},
+        {"name": "two", "epochs": 0.5, "losses": {"hidden_mse": {}, "soft_labels": {}}, "lr": 1e-3},
+    ]
+    zero = {f"zero{s}": config(f"zero{s}", student__zero_stage=s) for s in STAGES}
+    bf16 = {}
+    for stage in STAGES:
+        bf16[f"bf16-{stage}"] = config(f"bf16-{stage}", student__zero_stage=stage)
+        bf16[f"bf16-{stage}"]["student"]["dtype"] = "bf16"
+        bf16[f"bf16-{stage}"]["teacher"] |= {"dtype": "bf16", "zero_stage": 3}
+    # Two micro-batches, so that the pass for the sample vectors must repeat the dropout.
+    noisy = {"student__dropout": True, "batch__grad_accum": 2, "batch__micro_batch": 1}
+    configs = zero | bf16
+    configs |= {name: config(name, **noisy) for name in ("dropout", "dropout-again")}
+    configs["checkpointing"] = config("checkpointing", student__zero_stage=3)
+    configs["checkpointing"]["student"]["activation_checkpointing"] = "non_reentrant"
+    configs["stages"] = config("stages", student__zero_stage=2, stages=two_stages, log_every=2)
+    configs["embedding"] = config("embedding", task="embedding", student__zero_stage=3)
+    configs["workers"] = config("workers", data__workers=1)
+    launch(list(configs.values()), base / "logs", world=2)
+    return configs
+
+
+def folder(config: dict) -> Path:
+    return Path(config["run"]["dir"])
+
+
+def trained(config: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs and outputs of the student in its engine after the last step; see many_runs.py."""
+    kept = torch.load(folder(config) / "trained.pt", weights_only=True)
+    return kept["inputs"], kept["output"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_export_gives_the_trained_logits(runs: dict, stage: int) -> None:
+    inputs, logits = trained(runs[f"zero{stage}"])
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder(runs[f"zero{stage}"]) / "export"
+    )
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+    # It has learned something: the student it started from gives other logits.
+    start = AutoModelForSequenceClassification.from_pretrained(
+        folder(runs[f"zero{stage}"]) / "student"
+    )
+    assert not torch.allclose(start.eval()(**inputs).logits, logits, atol=1e-2)
+
+
+def test_the_export_gives_the_trained_vectors(runs: dict) -> None:
+    inputs, states = trained(runs["embedding"])
+    model = AutoModel.from_pretrained(folder(runs["embedding"]) / "export").eval()
+    assert torch.allclose(model(**inputs).last_hidden_state, states, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains_and_exports(runs: dict, stage: int) -> None:
+    config = runs[f"bf16-{stage}"]
+    inputs, logits = trained(config)
+    assert logits.dtype == torch.bfloat16
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder(config) / "export", dtype=torch.bfloat16
+    ).eval()
+    assert torch.allclose(model(**inputs).logits.float(), logits.float(), atol=0.05)
+    # 8 bits of mantissa, against the same run in fp32.
+    ours, theirs = logged(config), logged(runs[f"zero{stage}"])
+    assert ours[0]["loss/total"] == pytest.approx(theirs[0]["loss/total"], rel=0.05)
+    assert ours[4]["loss/total"] < 0.8 * ours[0]["loss/total"]
+
+
+def test_an_export_is_an_ordinary_folder(runs: dict) -> None:
+    export = folder(runs["zero3"]) / "export"
+    config = json.loads((export / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert (config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]) == (
+        2,
+        2,
+        24,
+    )
+    assert "mlkd" not in json.dumps(config) and config["hidden_dropout_prob"] == 0.1
+    assert AutoTokenizer.from_pretrained(export)("w1 w2")["input_ids"] == [2, 6, 7, 3]
+    assert not list(folder(runs["zero3"]).glob("*.partial"))
+
+
+def test_runs_repeat_bit_for_bit_with_dropout(runs: dict) -> None:
+    timing = {"rows_per_s", "teacher_share", "peak_gib"}
+
+    def values(name: str) -> list[dict]:
+        return [{k: v for k, v in row.items() if k not in timing} for row in logged(runs[name])]
+
+    assert values("dropout") == values("dropout-again")
+    assert values("dropout")[0]["loss/total"] != values("zero0")[0]["loss/total"]
+
+
+def test_checkpointing_changes_nothing(runs: dict) -> None:
+    for ours, theirs in zip(logged(runs["checkpointing"]), logged(runs["zero3"]), strict=True):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def test_loader_processes_change_nothing(runs: dict) -> None:
+    ours, theirs = logged(runs["workers"]), logged(runs["zero0"])
+    assert [row["loss/total"] for row in ours] == [row["loss/total"] for row in theirs]
+
+
+def test_stages_follow_one_another(runs: dict) -> None:
+    """Steps count on; the last step of a stage is logged; 17 rows in batches of 8 make 3 steps an epoch."""
+    rows = logged(runs["stages"])
+    assert [(row["stage"], row["step"]) for row in rows] == [("one", 1), ("one", 2), ("two", 4)]
+    assert "loss/soft_labels" in rows[2] and "loss/soft_labels" not in rows[0]
+    # The projection that stage one trained is used again: stage two starts where it ended.
+    assert rows[2]["loss/hidden_mse"] < rows[0]["loss/hidden_mse"]
+
+
+def test_a_logged_row_is_complete(runs: dict) -> None:
+    row = logged(runs["zero2"])[0]
+    losses = {f"loss/{name}" for name in ("total", *runs["zero2"]["stages"][0]["losses"])}
+    rest = {
+        "step",
+        "stage",
+        "lr",
+        "grad_norm",
+        "rows_per_s",
+        "teacher_share",
+        "peak_gib",
+        "backend",
+    }
+    assert set(row) == losses | rest and row["backend"] == "eager"
+    assert 0 < row["teacher_share"] < 1 and row["rows_per_s"] > 0 and row["peak_gib"] > 0
+    total = sum(row[name] for name in losses - {"loss/total"})
+    assert row["loss/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_tensorboard_has_the_same_numbers(runs: dict) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder(runs["zero2"]) / "tb"))
+    events.Reload()
+    for tag in ("loss/total", "loss/hidden_mse", "lr", "grad_norm", "teacher_share"):
+        seen = [(event.step, event.value) for event in events.Scalars(tag)]
+        told = [(row["step"], row[tag]) for row in logged(runs["zero2"])]
+        assert seen == [(step, pytest.approx(value, rel=1e-6)) for step, value in told]
+
+
+def test_the_report_compares_teacher_and_student(runs: dict) -> None:
+    report = json.loads((folder(runs["zero2"]) / "report.json").read_text())
+    assert report["held_out_rows"] == 7
+    teacher, before, after = report["teacher"], report["student_before"], report["student"]
+    assert teacher["parameters"] > after["parameters"] == before["parameters"]
+    export = AutoModelForSequenceClassification.from_pretrained(folder(runs["zero2"]) / "export")
+    assert after["parameters"] == sum(p.numel() for p in export.parameters())
+    for model in (teacher, before, after):
+        assert set(model["quality"]) == {"accuracy", "f1", "mcc"} and model["latency_ms"] > 0
+    for name, path in (("student_before", "student"), ("student", "export")):
+        kl = plain_kl(runs["zero2"], folder(runs["zero2"]) / path)
+        assert report[name]["agreement"]["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def plain_kl(config: dict, student: Path) -> float:
+    """KL(teacher || student) on the held-out texts, one by one, without any of our code."""
+    rows = [
+        json.loads(line) for line in Path(config["data"]["validation"]).read_text().splitlines()
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    models = [
+        AutoModelForSequenceClassification.from_pretrained(path).eval()
+        for path in (config["teacher"]["path"], student)
+    ]
+    total = 0.0
+    for row in rows:
+        inputs = tokenizer(row["text"], truncation=True, max_length=48, return_tensors="pt")
+        p, q = (model(**inputs).logits.log_softmax(-1) for model in models)
+        total += (p.exp() * (p - q)).sum().item()
+    return total / len(rows)
+
+
+def test_every_zero_stage_reports_the_same_model(runs: dict) -> None:
+    reports = [json.loads((folder(runs[f"zero{s}"]) / "report.json").read_text()) for s in STAGES]
+    for report in reports[1:]:
+        assert report["teacher"]["parameters"] == reports[0]["teacher"]["parameters"]
+        kl = report["student"]["agreement"]["kl"]
+        assert kl == pytest.approx(reports[0]["student"]["agreement"]["kl"], rel=1e-3)

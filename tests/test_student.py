@@ -1,0 +1,188 @@
+"""Students cut out of teachers: which weights they start from, which shapes they have, which are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import write_model, write_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from mlkd_dist.config import FromTeacherConfig, StudentConfig, UserError
+from mlkd_dist.student import load_student, make_student
+
+BASE = dict(
+    vocab_size=64,
+    hidden_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+FAMILIES = {
+    "Bert": BASE,
+    "Roberta": BASE,
+    "Electra": BASE,
+    "Albert": BASE | {"embedding_size": 16},
+    "DistilBert": dict(vocab_size=64, dim=48, n_layers=6, n_heads=4, hidden_dim=64),
+    "ModernBert": BASE | {"cls_token_id": 1, "sep_token_id": 2},
+    "GPT2": dict(vocab_size=64, n_embd=48, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=2),
+    "OPT": dict(
+        vocab_size=64,
+        hidden_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        ffn_dim=64,
+        word_embed_proj_dim=48,
+    ),
+    "Llama": BASE | {"num_key_value_heads": 2},
+    "Qwen3": BASE | {"num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def teacher_of(family: str, folder: Path, model_class: type = AutoModel) -> Path:
+    return write_model(
+        folder, getattr(transformers, f"{family}Config")(**FAMILIES[family]), model_class
+    )
+
+
+def cut(
+    teacher: Path, out: Path, model_class: type = AutoModel, **settings: object
+) -> torch.nn.Module:
+    make_student(model_class, str(teacher), FromTeacherConfig(**settings), out)
+    return model_class.from_pretrained(out).eval()
+
+
+def text() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {
+        "input_ids": torch.randint(3, 60, (2, 9)),
+        "attention_mask": torch.ones(2, 9, dtype=int),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_and_heads_is_the_teacher_itself(family: str, tmp_path: Path) -> None:
+    teacher = teacher_of(family, tmp_path / "t")
+    student = cut(teacher, tmp_path / "s")
+    truth = AutoModel.from_pretrained(teacher).eval()
+    for ours, theirs in zip(student(**text())[0], truth(**text())[0], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Albert"])
+def test_listed_layers_are_the_teachers(family: str, tmp_path: Path) -> None:
+    """The first layers in order are what the teacher computes up to there, before a final norm."""
+    teacher = teacher_of(family, tmp_path / "t")
+    student = cut(teacher, tmp_path / "s", layers=[0, 1, 2])
+    truth = AutoModel.from_pretrained(teacher).eval()
+    theirs = truth(**text(), output_hidden_states=True).hidden_states
+    ours = student(**text(), output_hidden_states=True).hidden_states
+    assert len(ours) == 4 and len(theirs) == 7
+    assert torch.allclose(ours[2], theirs[2], atol=1e-6)
+    assert (tmp_path / "s" / "tokenizer.json").exists()
+
+
+def test_a_number_of_layers_is_spread_as_the_uniform_map(tmp_path: Path) -> None:
+    teacher = teacher_of("Bert", tmp_path / "t")
+    student = cut(teacher, tmp_path / "s", layers=3)
+    truth = AutoModel.from_pretrained(teacher)
+    for ours, theirs in enumerate((1, 3, 5)):
+        weight = truth.encoder.layer[theirs].output.dense.weight
+        assert torch.equal(student.encoder.layer[ours].output.dense.weight, weight)
+    assert torch.equal(
+        student.embeddings.word_embeddings.weight, truth.embeddings.word_embeddings.weight
+    )
+
+
+def test_the_head_of_the_task_is_copied(tmp_path: Path) -> None:
+    teacher = teacher_of("Bert", tmp_path / "t", AutoModelForSequenceClassification)
+    student = cut(teacher, tmp_path / "s", AutoModelForSequenceClassification, layers=2)
+    truth = AutoModelForSequenceClassification.from_pretrained(teacher)
+    assert torch.equal(student.classifier.weight, truth.classifier.weight)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 12, 48])
+def test_any_head_count_that_divides_the_width(heads: int, tmp_path: Path) -> None:
+    student = cut(teacher_of("Bert", tmp_path / "t"), tmp_path / "s", heads=heads)
+    assert student.config.num_attention_heads == heads
+    assert torch.isfinite(student(**text())[0]).all()
+
+
+def test_heads_of_grouped_queries_keep_the_width(tmp_path: Path) -> None:
+    teacher = teacher_of("Qwen3", tmp_path / "t")
+    student = cut(teacher, tmp_path / "s", heads=2)
+    assert (student.config.head_dim, student.config.num_key_value_heads) == (32, 1)
+    truth = AutoModel.from_pretrained(teacher)
+    assert torch.equal(
+        student.layers[0].self_attn.k_proj.weight, truth.layers[0].self_attn.k_proj.weight
+    )
+
+
+@pytest.mark.parametrize(("family", "heads"), [("Bert", 5), ("Qwen3", 3)])
+def test_heads_that_do_not_fit_are_refused(family: str, heads: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"heads: {heads} does not fit a teacher of 4 heads"):
+        cut(teacher_of(family, tmp_path / "t"), tmp_path / "s", heads=heads)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "OPT", "Llama", "Qwen3"])
+def test_a_narrower_student_keeps_leading_coordinates(family: str, tmp_path: Path) -> None:
+    teacher = teacher_of(family, tmp_path / "t")
+    student = cut(teacher, tmp_path / "s", layers=2, hidden=24)
+    assert student.config.hidden_size == 24
+    assert torch.isfinite(student(**text())[0]).all()
+    theirs = AutoModel.from_pretrained(teacher).get_input_embeddings().weight
+    assert torch.equal(student.get_input_embeddings().weight, theirs[:, :24])
+
+
+def test_narrowing_a_joined_matrix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="c_attn.* joins several matrices"):
+        cut(teacher_of("GPT2", tmp_path / "t"), tmp_path / "s", hidden=24)
+
+
+def test_layer_lists_in_the_config_follow_the_layers(tmp_path: Path) -> None:
+    """ModernBERT alternates kinds of attention; a layer keeps its own kind."""
+    teacher = teacher_of("ModernBert", tmp_path / "t")
+    kinds = AutoConfig.from_pretrained(teacher).layer_types
+    student = cut(teacher, tmp_path / "s", layers=[0, 3, 4])
+    assert student.config.layer_types == [kinds[0], kinds[3], kinds[4]]
+    assert len(set(kinds)) == 2
+
+
+def test_dropout_is_turned_off_in_the_modules_only(tmp_path: Path) -> None:
+    teacher = teacher_of("Bert", tmp_path / "t")
+    settings = StudentConfig(path=str(teacher), dropout=False)
+    model = load_student(AutoModel, str(teacher), settings, {}, None, False).train()
+    inputs = text()
+    assert torch.equal(model(**inputs)[0], model(**inputs)[0])
+    assert model.config.hidden_dropout_prob == 0.1
+    settings.dropout = True
+    model = load_student(AutoModel, str(teacher), settings, {}, None, False).train()
+    assert not torch.equal(model(**inputs)[0], model(**inputs)[0])
+
+
+def test_missing_weights_are_refused_unless_a_new_head_is_asked_for(tmp_path: Path) -> None:
+    teacher, settings = teacher_of("Bert", tmp_path / "t"), StudentConfig()
+    headed = AutoModelForSequenceClassification
+    with pytest.raises(UserError, match="no weights for classifier.*teacher.finetune"):
+        load_student(headed, str(teacher), settings, {}, None, False)
+    model = load_student(headed, str(teacher), settings, {}, 5, False)
+    assert model.config.num_labels == model.classifier.out_features == 5
+
+
+def test_checkpointing_that_a_family_lacks_is_refused(tmp_path: Path) -> None:
+    settings = StudentConfig(activation_checkpointing="non_reentrant")
+    with pytest.raises(UserError, match="AlbertModel does not support it; use none"):
+        load_student(
+            AutoModel, str(teacher_of("Albert", tmp_path / "t")), settings, {}, None, False
+        )
+
+
+def test_a_tokenizer_travels_with_the_student(tmp_path: Path) -> None:
+    teacher = teacher_of("Bert", tmp_path / "t")
+    write_tokenizer(teacher, ["only", "these", "words"])
+    cut(teacher, tmp_path / "s", layers=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "s")
+    assert tokenizer("these words")["input_ids"] == [2, 6, 7, 3]
