@@ -2,12 +2,14 @@
 process."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 
 from mlkd_dist import __version__
 from mlkd_dist.config import Config, UserError, load
+from mlkd_dist.finetune import finetune_config
 
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
@@ -34,9 +36,13 @@ def main() -> int:
     given = parser.parse_args()
     path = given.config
     if given.command == "evaluate" and os.path.isdir(path):
+        # The folder may have been moved since it was written.
+        given.settings.insert(0, f"run.dir={json.dumps(path)}")
         path = os.path.join(path, "config.yaml")
     try:
         config = load(path, given.settings)
+        if given.command == "finetune" or config.teacher.finetune is not None:
+            finetune_config(config)
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ what to do.
 
 import difflib
 import importlib.util
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -231,9 +232,9 @@ def nearest(word: str, allowed: list[str]) -> str:
 
 
 def resolve_path(path: str) -> str:
-    """`package:NAME/sub/path` as a path inside the installed package; anything else unchanged."""
+    """`package:NAME/sub/path` as a path inside the installed package, and ~ as the home folder."""
     if not path.startswith("package:"):
-        return path
+        return os.path.expanduser(path)
     name, _, inside = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -267,7 +268,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
 
 def override(given: DictConfig, word: str) -> None:
-    """Put one `key=value` of the command line into what the YAML file gives."""
+    """Put one `key=value` of the command line in the place of what the YAML file gives for it."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise UserError(
@@ -281,7 +282,7 @@ def override(given: DictConfig, word: str) -> None:
             f"colons or brackets in it."
         ) from error
     try:
-        OmegaConf.update(given, key, parsed, force_add=True)
+        OmegaConf.update(given, key, parsed, merge=False, force_add=True)
     except Exception as error:
         raise UserError(
             f"argument {word!r}: there is no {key!r} in this config that can be set "

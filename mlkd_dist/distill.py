@@ -5,6 +5,7 @@ deepspeed --module mlkd_dist.distill CONFIG [key=value ...]
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.metrics import Metrics
 from mlkd_dist.model import quiet, read_config
 from mlkd_dist.objective import Objective, Widths
-from mlkd_dist.run import Run, check_start, class_count, make_folder, on_first, prepared, source
+from mlkd_dist.preflight import check_start, prepared
+from mlkd_dist.run import Run, class_count, make_folder, on_first, source
 from mlkd_dist.schedule import learning_rate, total_steps
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
@@ -40,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--local_rank", help="given by the deepspeed launcher; the environment says it too"
     )
     given = parser.parse_args(arguments)
-    world = None
     try:
         config = configs.load(given.config, given.settings)
         world = start()
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         # Every process raises it; one says it.
-        if world is None or world.first:
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"mlkd: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -46,7 +46,7 @@ def read_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def refuse_other_tokenizer(

@@ -180,7 +180,8 @@ def load_student(
     if settings.activation_checkpointing == "non_reentrant":
         if not model.supports_gradient_checkpointing:
             raise UserError(
-                f"student.activation_checkpointing: {type(model).__name__} does not support it; use none."
+                f"student.activation_checkpointing: {type(model).__name__} does not support it; "
+                f"use none."
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -1,30 +1,17 @@
 """Checks of a whole config that need no weights and no torch: allowed values, keys that exclude
-each other, the options of every loss (read from its signature), and what the models' config files
-say about widths and layers."""
+each other, the options of every loss, and what the models' config files say."""
 
-import ast
-import json
 import math
-import re
-from dataclasses import dataclass, fields
-from functools import cache
+import os
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist.config import (
-    Config,
-    FromTeacherConfig,
-    StageConfig,
-    TermConfig,
-    UserError,
-    nearest,
-    resolve_path,
-)
-from mlkd_dist.layer_map import is_pairs, layer_pairs
+from mlkd_dist.allowed import above, at_least, one_of, share
+from mlkd_dist.config import Config, StageConfig, UserError, nearest
+from mlkd_dist.schema import LOSSES, LossSchema, check_layers, loss_options, loss_schema, names
+from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
 
-LOSSES = Path(__file__).parent / "losses"
 TASKS = Path(__file__).parent / "tasks"
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 ATTENTION = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 # Options of one task only; set for another task they would be ignored.
 TASK_OPTIONS = {"pooling": "embedding", "labels": "classification", "mask_probability": "masked_lm"}
@@ -45,134 +32,9 @@ OWNED = {
 OWNED_ZERO = {"stage": "student.zero_stage", "offload_optimizer": "student.offload"}
 
 
-@dataclass(frozen=True)
-class LossSchema:
-    """What the file of a loss says about it; see mlkd_dist/losses/__init__.py."""
-
-    rows: str
-    scope: str
-    reads: tuple[str, ...]
-    teacher: bool
-    projection: bool
-    options: dict[str, tuple[str, Any]]  # name -> (annotation, default)
-
-    def common(self) -> list[str]:
-        """The options of TermConfig that mean something for this loss."""
-        names = ["weight"]
-        names += ["layers", "sum_layers"] if self.scope == "layer" else []
-        names += ["average"] if self.rows == "token" else []
-        names += ["project"] if self.projection else []
-        names += ["shared_projection"] if self.projection and self.scope == "layer" else []
-        return names
-
-    def read_by(self, options: dict[str, Any]) -> tuple[str, ...]:
-        """What this loss reads of a trace under these options."""
-        of = options.get("of", self.reads)
-        return (of,) if isinstance(of, str) else tuple(of)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What config.json tells of a model."""
-
-    type: str
-    hidden: int
-    layers: int
-    heads: int
-    attention: int  # heads times width of a head
-    key: int  # key heads times width of a head
-
-    @property
-    def known(self) -> bool:
-        return min(self.hidden, self.layers, self.heads) > 0
-
-    def width(self, read: str) -> int:
-        """Of what a loss reads in a layer."""
-        return {
-            "query": self.attention,
-            "context": self.attention,
-            "key": self.key,
-            "value": self.key,
-        }.get(read, self.hidden)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-
-
-@cache
-def loss_schema(name: str) -> LossSchema:
-    """Read without importing: losses import torch, and a config must be refused in a second."""
-    tree = ast.parse((LOSSES / f"{name}.py").read_text())
-    constants = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id.isupper()
-    }
-    function = next(
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
-    )
-    options = {
-        arg.arg: (ast.unparse(arg.annotation), ast.literal_eval(default))
-        for arg, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-        if arg.arg != "backend"
-    }
-    known = {
-        key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")
-    }
-    return LossSchema(options=options, **known)
-
-
-def model_shape(path: str) -> Shape | None:
-    """Of a local folder; None for a hub name, whose config is looked at when the run starts."""
-    folder = Path(resolve_path(path)).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or path.startswith((".", "runs/")):
-            raise UserError(f"model {path!r}: no such folder; give a Hugging Face model folder.")
-        if not HUB_NAME.fullmatch(path):
-            raise UserError(
-                f"model {path!r}: there is no such folder, and it is no hub name (owner/name)."
-            )
-        return None
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model {path!r}: the folder has no config.json; give a Hugging Face model folder."
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"model {path!r}: config.json is not JSON: {error}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(
-            f"model {path!r}: config.json names no model_type; give a Hugging Face model folder."
-        )
-    return shape(config)
-
-
-def shape(config: dict[str, Any]) -> Shape:
-    """What is not said, or said by other names, is 0: such a model is looked at again when the run
-    starts."""
-
-    def first(*keys: str) -> int:
-        return next((config[key] for key in keys if type(config.get(key)) is int), 0)
-
-    hidden = first("hidden_size", "dim", "n_embd", "d_model")
-    heads = first("num_attention_heads", "n_heads", "n_head")
-    head_dim = first("head_dim") or hidden // max(heads, 1)
-    return Shape(
-        config["model_type"],
-        hidden,
-        first("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
-        heads,
-        heads * head_dim,
-        (first("num_key_value_heads") or heads) * head_dim,
-    )
-
-
 def validate(config: Config) -> None:
-    """Raises UserError; fills in the default of every option of every loss."""
+    """Raises UserError; fills in the default of every option of every loss, and the home folder."""
+    config.run.dir = os.path.expanduser(config.run.dir)
     check_values(config)
     check_deepspeed(config.deepspeed)
     check_task(config)
@@ -189,30 +51,6 @@ def validate(config: Config) -> None:
     for index, stage in enumerate(stages):
         check_stage(f"stages[{index}]", stage, config.task.kind)
     check_models(config)
-
-
-def one_of(key: str, value: Any, allowed: list[Any]) -> None:
-    if value not in allowed:
-        listed = ", ".join(str(a) for a in allowed)
-        raise UserError(
-            f"{key}: {value!r} is not allowed{nearest(value, [str(a) for a in allowed])}; use "
-            f"{listed}."
-        )
-
-
-def at_least(key: str, value: float, low: float) -> None:
-    if not (math.isfinite(value) and value >= low):
-        raise UserError(f"{key}: {value} is not allowed; it must be {low} or more.")
-
-
-def above(key: str, value: float, low: float) -> None:
-    if not (math.isfinite(value) and value > low):
-        raise UserError(f"{key}: {value} is not allowed; it must be more than {low}.")
-
-
-def share(key: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise UserError(f"{key}: {value} is not allowed; it must lie between 0 and 1.")
 
 
 def check_values(config: Config) -> None:
@@ -296,7 +134,7 @@ def check_folders(config: Config) -> None:
     """The run folder may be replaced, so nothing that the run needs lies in it."""
     if not config.run.dir.strip():
         raise UserError("run.dir: it is empty; give the folder that receives the run.")
-    folder = Path(config.run.dir).expanduser().resolve()
+    folder = Path(config.run.dir).resolve()
     finetune = config.teacher.finetune
     read = {
         "teacher.path": config.teacher.path,
@@ -387,115 +225,6 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
         stage.losses[name] = loss_options(key, schema, given)
 
 
-def check_layers(where: str, layers: Any) -> None:
-    """Its form; which layers there are is known with the models."""
-    if layers not in ("uniform", "last") and not is_pairs(layers):
-        close = nearest(layers, ["uniform", "last"])
-        raise UserError(
-            f"{where}.layers: {layers!r} is not allowed{close}; use uniform, last, or pairs "
-            f"[[student, teacher], ...] of layer numbers counted from 0."
-        )
-
-
-def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:
-    """The options as given, over their defaults."""
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: options are given as {{key: value}}, not {given!r}.")
-    common = {f.name: (f.type, f.default) for f in fields(TermConfig) if f.name in schema.common()}
-    allowed = common | schema.options
-    for key, value in given.items():
-        if key not in allowed:
-            raise UserError(
-                f"{where}.{key}: no such option{nearest(key, list(allowed))}; allowed here: "
-                f"{', '.join(allowed)}."
-            )
-        annotation = allowed[key][0]
-        if not isinstance(annotation, str):
-            annotation = getattr(annotation, "__name__", "Any")
-        if not fits(value, annotation):
-            raise UserError(f"{where}.{key}: {value!r} is not allowed; give {told(annotation)}.")
-    options = {
-        key: list(d) if isinstance(d, tuple) else d for key, (_, d) in allowed.items()
-    } | given
-    check_option_values(where, schema, options)
-    return options
-
-
-def fits(value: Any, annotation: str) -> bool:
-    """Whether a YAML value is of a type written as in a signature: float, int | None, list[str],
-    Literal['a', 'b']."""
-    if annotation.startswith("Literal"):
-        return isinstance(value, str | int) and value in literals(annotation)
-    if " | " in annotation:
-        return any(fits(value, part) for part in annotation.split(" | "))
-    match annotation:
-        case "Any":
-            return True
-        case "None":
-            return value is None
-        case "bool" | "str":
-            return type(value).__name__ == annotation
-        case "int":
-            return type(value) is int
-        case "float":
-            return type(value) in (int, float) and math.isfinite(value)
-        case "list[str]":
-            return (
-                isinstance(value, list)
-                and len(value) > 0
-                and all(isinstance(v, str) for v in value)
-            )
-    raise AssertionError(annotation)
-
-
-def literals(annotation: str) -> tuple[Any, ...]:
-    return ast.literal_eval(f"({annotation.removeprefix('Literal')[1:-1]},)")
-
-
-def told(annotation: str) -> str:
-    """Such a type in words."""
-    if annotation.startswith("Literal"):
-        return f"one of {', '.join(map(str, literals(annotation)))}"
-    return " or ".join(
-        {
-            "None": "null",
-            "bool": "true or false",
-            "str": "a name",
-            "int": "a whole number",
-            "float": "a finite number",
-            "list[str]": "a list of names, as in [name]",
-        }[part]
-        for part in annotation.split(" | ")
-    )
-
-
-def check_option_values(where: str, schema: LossSchema, options: dict[str, Any]) -> None:
-    for name in schema.read_by(options):
-        one_of(f"{where}.of", name, list(schema.reads))
-    for key, allowed in (
-        ("average", ["sample", "token"]),
-        ("sum_layers", ["sum", "mean"]),
-        ("project", ["auto", "always"]),
-    ):
-        if key in options:
-            one_of(f"{where}.{key}", options[key], allowed)
-    for key in ("temperature", "student_scale", "teacher_scale"):
-        if options.get(key) is not None:
-            above(f"{where}.{key}", options[key], 0)
-    if options.get("splits") is not None:
-        at_least(f"{where}.splits", options["splits"], 1)
-    smoothing = options.get("label_smoothing", 0)
-    if not 0 <= smoothing < 1:
-        raise UserError(
-            f"{where}.label_smoothing: {smoothing} is not allowed; it must be 0 or more and below "
-            f"1."
-        )
-    if options.get("layers") is not None:
-        check_layers(where, options["layers"])
-    at_least(f"{where}.weight", options["weight"], 0)
-
-
 def check_models(config: Config) -> None:
     if (config.student.path is None) == (config.student.from_teacher is None):
         raise UserError(
@@ -516,94 +245,3 @@ def check_models(config: Config) -> None:
         if shape is not None:
             refuse_type(key, shape.type)
     check_shapes(config, teacher, student)
-
-
-def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> None:
-    """The student to be cut, layer maps and splits, where the models are known."""
-    if teacher is None or not teacher.known:
-        return
-    if config.student.from_teacher is not None:
-        student = student_shape(config.student.from_teacher, teacher)
-    if student is not None and student.known:
-        for index, stage in enumerate(config.stages):
-            check_stage_on_models(f"stages[{index}]", stage, teacher, student)
-
-
-def refuse_type(key: str, model_type: str) -> None:
-    if model_type in ("deberta", "deberta-v2", "mpnet"):
-        raise UserError(
-            f"{key}: models of the type {model_type!r} compute attention in their own code and "
-            f"not through "
-            "transformers' attention interface, so nothing inside them can be read; use a BERT, "
-            "RoBERTa, ELECTRA, "
-            "ModernBERT, Llama or another model that supports it."
-        )
-
-
-def student_shape(cut: FromTeacherConfig, teacher: Shape) -> Shape:
-    """Shape of the student that from_teacher asks for; raises where there is no such student."""
-    layers = cut.layers if cut.layers is not None else teacher.layers
-    key = "student.from_teacher"
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        if not 1 <= layers <= teacher.layers:
-            raise UserError(
-                f"{key}.layers: {layers} is not allowed; the teacher has {teacher.layers} layers."
-            )
-        count = layers
-    elif (
-        isinstance(layers, list)
-        and layers
-        and all(type(i) is int and 0 <= i < teacher.layers for i in layers)
-    ):
-        count = len(layers)
-    else:
-        raise UserError(
-            f"{key}.layers: {layers!r} is not allowed; give a number of layers, or a list of the "
-            f"teacher's layers "
-            f"0 to {teacher.layers - 1}."
-        )
-    hidden = teacher.hidden if cut.hidden is None else cut.hidden
-    if not 1 <= hidden <= teacher.hidden:
-        raise UserError(
-            f"{key}.hidden: {hidden} is not allowed; it must be 1 to the teacher's "
-            f"{teacher.hidden}."
-        )
-    heads = teacher.heads if cut.heads is None else cut.heads
-    width = teacher.attention * hidden // teacher.hidden
-    if heads < 1 or width % heads:
-        raise UserError(
-            f"{key}.heads: {heads} is not allowed; it must divide the attention width of the "
-            f"student, {width}."
-        )
-    return Shape(teacher.type, hidden, count, heads, width, teacher.key * hidden // teacher.hidden)
-
-
-def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:
-    for name, options in stage.losses.items():
-        key, schema = f"{where}.losses.{name}", loss_schema(name)
-        if schema.scope == "layer":
-            own = options["layers"]
-            place = where if own is None else key
-            try:
-                layer_pairs(stage.layers if own is None else own, student.layers, teacher.layers)
-            except ValueError as error:
-                raise UserError(f"{place}.{error}") from error
-        if "splits" in options:
-            check_splits(key, schema.read_by(options), options["splits"], teacher, student)
-
-
-def check_splits(
-    where: str, reads: tuple[str, ...], splits: int | None, teacher: Shape, student: Shape
-) -> None:
-    """Relation losses cut both models' vectors into as many equal blocks; by default as many as the
-    student's heads."""
-    for read in reads:
-        ours, theirs = student.width(read), teacher.width(read)
-        given = student.heads if splits is None else splits
-        if ours % given or theirs % given:
-            source = "the student's heads" if splits is None else "given"
-            raise UserError(
-                f"{where}.splits: {given} ({source}) must divide the width of {read} in both "
-                f"models, {ours} in the "
-                f"student and {theirs} in the teacher; use a divisor of {math.gcd(ours, theirs)}."
-            )

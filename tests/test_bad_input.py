@@ -13,7 +13,8 @@ import pytest
 import yaml
 from conftest import BERT, ROOT, WORDS, run_config, write_model, write_tokenizer
 
-from mlkd_dist.config import HEADER
+from mlkd_dist import run
+from mlkd_dist.config import HEADER, from_mapping, load
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -37,7 +38,7 @@ ROWS = {
     "no such column": [{"texts": "w1", "label": 0}] * 3,
     "label outside": [*GOOD, {"text": "w1", "label": 3}],
     "label a name": [{"text": "w1", "label": "good"}, {"text": "w2", "label": "bad"}],
-    "label a fraction": [{"text": "w1", "label": 0.5}, {"text": "w2", "label": 1.5}],
+    "label a fraction": [{"text": "w1", "label": 0.5}, {"text": "w2", "label": 0.5}],
 }
 
 # Case -> pieces that its sentence must hold.
@@ -46,8 +47,8 @@ SAID = {
     "no rows": ["no rows.jsonl", "is empty"],
     "not JSON": ["not JSON.jsonl", "line 3", "not JSON", "one JSON object per line"],
     "no such column": ["'text'", "did you mean 'texts'?", "data.text"],
-    "label outside": ["data.train", "row 8", "label 3", "3 classes", "0 to 2"],
-    "label a name": ["'label'", "'good'", "labels are 0, 1, 2"],
+    "label outside": ["data.train", "row 9", "label 3", "3 classes", "0 to 2"],
+    "label a name": ["'label'", "'good'", "labels are 0, 1, 2", "data.label"],
     "label a fraction": ["'label'", "0.5", "labels are 0, 1, 2"],
     "no such file": ["absent.jsonl", "no such file"],
     "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
@@ -59,17 +60,18 @@ SAID = {
     "no mask token": ["no mask token", "masked_lm"],
     "validation is train": ["data.validation is the training data", "data.validation_fraction"],
     "no attention interface": ["ConvBertModel", "attention interface", "use a BERT"],
+    "no such head for this type": ["AutoModelForMaskedLM", "'gpt2'", "masked_lm"],
     "no type known": ["its config cannot be read", "novel"],
     "cannot be cut": ["student.from_teacher.hidden", "cannot be narrowed", "leave hidden empty"],
     "an earlier run": ["run.dir", "holds an earlier run", "run.overwrite=true"],
     "files of others": ["run.dir", "holds files that are no run", "choose another folder"],
     "own file in a run": ["run.dir", "holds files that are no run", "choose another folder"],
     "a config that no run wrote": ["run.dir", "holds files that are no run"],
-    "a file as folder": ["run.dir", "is a file", "choose another folder"],
-    "below a file": ["Not a directory"],
+    "a file as folder": ["run.dir", "run' is a file or", "choose another folder"],
+    "below a file": ["run.dir", "good.jsonl' is a file or write-protected", "choose another"],
     "no flash attention": ["attention: flash_attention_2", "flash-attn"],
     "a teacher in the making": ["run.dir", "-teacher", "holds files that are no run"],
-    "labels refused after finetune is planned": ["data.train", "row 8", "label 3"],
+    "labels refused after finetune is planned": ["data.train", "row 9", "label 3"],
 }
 
 
@@ -153,6 +155,7 @@ def all_configs(base: Path) -> dict[str, dict]:
         "no mask token": config("no mask token", "maskless", "masked_lm"),
         "validation is train": config("validation is train", data__validation=data["train"]),
         "no attention interface": config("no attention interface", "convbert", "embedding"),
+        "no such head for this type": config("no such head for this type", "gpt2", "masked_lm"),
         "no type known": config("no type known", "novel"),
         "cannot be cut": config("cannot be cut", "gpt2"),
         "an earlier run": config("an earlier run", run__overwrite=False),
@@ -230,6 +233,20 @@ def test_one_sentence_and_nothing_touched(refused: Callable, case: str) -> None:
 
 def test_every_case_is_expected() -> None:
     assert ROWS.keys() <= SAID.keys()
+
+
+def test_an_earlier_run_is_replaced_whole(
+    tmp_path: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "on_first", lambda world, work: work())
+    given = run_config(tmp_path, teachers["classification"], {"train": "builtin:python_docs"})
+    given["run"]["overwrite"] = True
+    config = from_mapping(given)
+    earlier_run(tmp_path / "run")
+    assert run.make_folder(config, None) == str(tmp_path / "run" / "student")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "student"]
+    assert load(tmp_path / "run" / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow

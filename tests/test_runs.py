@@ -125,7 +125,8 @@ def test_loader_processes_change_nothing(runs: dict) -> None:
 
 
 def test_stages_follow_one_another(runs: dict) -> None:
-    """Steps count on; the last step of a stage is logged; 17 rows in batches of 8 make 3 steps an epoch."""
+    """Steps count on; the last step of a stage is logged; 17 rows in batches of 8 make 3 steps an
+    epoch."""
     rows = logged(runs["stages"])
     assert [(row["stage"], row["step"]) for row in rows] == [("one", 1), ("one", 2), ("two", 4)]
     assert "loss/soft_labels" in rows[2] and "loss/soft_labels" not in rows[0]

@@ -1,4 +1,5 @@
-"""Students cut out of teachers: which weights they start from, which shapes they have, which are refused."""
+"""Students cut out of teachers: which weights they start from, which shapes they have, which are
+refused."""
 
 from pathlib import Path
 

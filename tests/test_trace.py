@@ -13,7 +13,6 @@ from mlkd_dist.trace import (
     Needs,
     capture,
     check_readable,
-    layer_modules,
     sample_vector,
 )
 
@@ -110,7 +109,7 @@ def test_states_are_those_of_transformers(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_made_of_what_is_shown(family: str) -> None:
-    """The context recomputed from query, key and value; the projection recomputed from the context."""
+    """The context recomputed from query, key and value; its projection, from the context."""
     model = model_of(family, f"mlkd_tap_{inner(family)}").eval()
     attentions = []
     projections = [m for m in model.modules() if isinstance(m, nn.Linear | transformers.Conv1D)]

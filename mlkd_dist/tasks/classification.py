@@ -31,7 +31,8 @@ class Task:
         )
         if wrong is not None:
             raise ValueError(
-                f"column {self.label!r}: {wrong!r} is not a class number; labels are 0, 1, 2, ..."
+                f"column {self.label!r}: {wrong!r} is not a class number; labels are 0, 1, 2, ... "
+                f"Correct the data, or set data.label to another column."
             )
         encoded = dict(
             tokenizer(*(rows[name] for name in self.texts), truncation=True, max_length=max_length)
@@ -41,7 +42,7 @@ class Task:
     def check_labels(self, labels: list[int], classes: int) -> None:
         """ValueError for a label that the model's head has no class for; -1 marks an unknown one,
         as in GLUE."""
-        for row, label in enumerate(labels):
+        for row, label in enumerate(labels, start=1):
             if not -1 <= label < classes:
                 raise ValueError(
                     f"row {row}: label {label} is outside the model's {classes} classes (0 to "

@@ -1,0 +1,223 @@
+"""How terms are put together: weights, averages, layers, projections, rows that do not count."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mlkd_dist import engine
+from mlkd_dist.config import from_mapping
+from mlkd_dist.engine import World
+from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import Layer, Trace
+
+B, L, STUDENT, TEACHER, LAYERS = 3, 5, 4, 6, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Any:
+    engine.start()
+    yield
+    engine.stop()
+
+
+def options(losses: dict[str, dict], task: str = "classification") -> dict[str, dict]:
+    """With every default filled in, as a run has them."""
+    config = from_mapping(
+        {
+            "teacher": {"path": "someone/teacher"},
+            "student": {"path": "someone/student"},
+            "task": {"kind": task},
+            "data": {"train": "x.jsonl"},
+            "stages": [{"steps": 1, "losses": losses}],
+        }
+    )
+    return config.stages[0].losses
+
+
+def trace(width: int, seed: int, mask: torch.Tensor) -> Trace:
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    made = Trace(mask, heads=2, embedding=random(B, L, width), logits=random(B, 3))
+    made.labels = torch.tensor([0, 2, 0])
+    for i in range(LAYERS):
+        made.layers[i] = Layer(mask, 2, context=random(B, L, width), hidden=random(B, L, width))
+    made.vectors = {kind: random(B, width) for kind in ("cls", "mean")}
+    return made
+
+
+def batch(lengths: tuple[int, ...] = (5, 3, 1), keep: tuple[bool, ...] = (True,) * B) -> Batch:
+    mask = torch.arange(L) < torch.tensor(lengths).unsqueeze(1)
+    kept = torch.tensor(keep)
+    labels = torch.tensor([0, 2, 0]).masked_fill(~kept, -100)
+    return Batch({"attention_mask": mask.long()}, kept, labels, kept)
+
+
+def value(
+    losses: dict[str, dict], given: Batch | None = None, width: int = STUDENT, perturb: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and shares of one micro-batch of one process."""
+    given = batch() if given is None else given
+    mask = given.inputs["attention_mask"].bool()
+    objective = Objective(
+        options(losses), "uniform", Widths(width, LAYERS), Widths(TEACHER, LAYERS), "auto",
+        World(0, 1, 0, torch.device("cpu")),
+    )  # fmt: skip
+    projections = objective.projections()
+    with torch.no_grad():
+        for i, projection in enumerate(projections.values()):
+            projection.weight.mul_(1 + i if perturb else 1)
+    student, teacher = trace(width, 1, mask), trace(TEACHER, 2, mask)
+    rows = objective.global_rows([given])
+    peers = objective.peers([given], [teacher], None)
+    return objective(student, teacher, given, rows, projections, peers, 0)
+
+
+def one(losses: dict[str, dict], **named: Any) -> float:
+    return value(losses, **named)[0].item()
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
+    losses = {
+        "hidden_mse": {"weight": 2.0},
+        "embedding_relation": {"weight": 0.5},
+        "sample_relation": {},
+        "soft_labels": {"weight": 0},
+    }
+    total, shares = value(losses)
+    weights = torch.tensor([2.0, 0.5, 1.0, 0.0])
+    assert total.item() == pytest.approx((shares * weights).sum().item())
+    for share, (name, given) in zip(shares, losses.items(), strict=True):
+        assert one({name: given | {"weight": 1.0}}) == pytest.approx(share.item())
+
+
+def test_hidden_mse_from_its_formula() -> None:
+    """Sum over layers of the mean over samples of the mean over real tokens and the width."""
+    mask = batch().mask
+    student, teacher = trace(STUDENT, 1, mask), trace(TEACHER, 2, mask)
+    eye = torch.eye(STUDENT, TEACHER)
+    per_sample, per_token = 0.0, 0.0
+    for i in range(LAYERS):
+        gap = (student.layers[i].hidden @ eye - teacher.layers[i].hidden).square().mean(-1)
+        per_sample += sum(gap[b, mask[b]].mean().item() for b in range(B)) / B
+        per_token += gap[mask].mean().item()
+    assert one({"hidden_mse": {}}) == pytest.approx(per_sample, rel=1e-5)
+    assert one({"hidden_mse": {"average": "token"}}) == pytest.approx(per_token, rel=1e-5)
+    assert one({"hidden_mse": {"sum_layers": "mean"}}) == pytest.approx(per_sample / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("hidden_mse", {"layers": "last"}),
+        ("hidden_mse", {"layers": [[0, 1], [1, 0]]}),
+        ("hidden_mse", {"average": "token"}),
+        ("hidden_mse", {"sum_layers": "mean"}),
+        ("hidden_mse", {"shared_projection": False}),
+        ("attention_relation", {"splits": 1}),
+        ("attention_relation", {"average": "token"}),
+        ("embedding_relation", {"average": "token"}),
+        ("sample_relation", {"of": "mean"}),
+        ("sample_contrast", {"of": "mean"}),
+        ("sample_contrast", {"positives": "sample"}),
+    ],
+)
+def test_every_option_changes_the_value(name: str, given: dict) -> None:
+    assert abs(one({name: given}) - one({name: {}})) > 1e-5
+
+
+def test_projections_exist_where_they_are_needed() -> None:
+    def keys(losses: dict, width: int) -> list[str]:
+        objective = Objective(
+            options(losses), "uniform", Widths(width, LAYERS), Widths(TEACHER, LAYERS), "auto",
+            World(0, 1, 0, torch.device("cpu")),
+        )  # fmt: skip
+        return sorted(objective.projections())
+
+    assert keys({"hidden_mse": {}, "sample_contrast": {}}, STUDENT) == [
+        "hidden_mse",
+        "sample_contrast",
+    ]
+    assert keys({"hidden_mse": {}, "sample_contrast": {}}, TEACHER) == []
+    assert keys({"hidden_mse": {"project": "always"}}, TEACHER) == ["hidden_mse"]
+    per_layer = {"hidden_mse": {"shared_projection": False}}
+    assert keys(per_layer, STUDENT) == ["hidden_mse_0", "hidden_mse_1"]
+
+
+def test_samples_that_do_not_count_change_nothing() -> None:
+    """The third sample fills the batch: whatever it holds, the value is that of the first two."""
+    losses: dict[str, dict] = {
+        name: {}
+        for name in (
+            "embedding_relation attention_relation hidden_mse sample_relation sample_contrast "
+            "soft_labels hard_labels"
+        ).split()
+    }
+    kept = (True, True, False)
+    _, long = value(losses, batch((5, 3, 5), kept))
+    _, short = value(losses, batch((5, 3, 1), kept))
+    assert torch.allclose(long, short, atol=1e-7)
+    _, all_three = value(losses, batch((5, 3, 1)))
+    assert (all_three - short).abs().min() > 1e-5
+
+
+def test_a_batch_without_a_counting_row_is_zero_with_a_gradient() -> None:
+    """Such a loss must reach the engine's backward, or the other processes wait for ever."""
+    losses: dict[str, dict] = {"hidden_mse": {}, "hard_labels": {}, "sample_contrast": {}}
+    total, shares = value(losses, batch((5, 3, 1), (False,) * B))
+    assert total.item() == 0 and shares.tolist() == [0, 0, 0]
+    assert total.requires_grad
+
+
+def test_sample_terms_reach_the_projection_once() -> None:
+    """The gradient of a term over two micro-batches, one live at a time, is that of the whole."""
+    world = World(0, 1, 0, torch.device("cpu"))
+    losses = options({"sample_contrast": {}, "sample_relation": {}})
+    objective = Objective(losses, "uniform", Widths(STUDENT, 2), Widths(TEACHER, 2), "auto", world)
+    given = [batch(), batch((2, 4, 5))]
+    seen = [trace(TEACHER, 2, b.mask) for b in given]
+    ours = [trace(STUDENT, seed, b.mask) for seed, b in zip((5, 6), given, strict=True)]
+    projections = objective.projections()
+    weight: nn.Parameter = projections["sample_contrast"].weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    vectors = [objective.student_vectors(t, projections) for t in ours]
+    peers = objective.peers(given, seen, vectors)
+    rows = objective.global_rows(given)
+    shares = torch.zeros(2)
+    for index in (0, 1):
+        args = (given[index], rows, projections, peers, index)
+        loss, share = objective(ours[index], seen[index], *args)
+        loss.backward()
+        shares += share
+    by_parts = weight.grad.clone()
+
+    def joined(traces: list[Trace]) -> Trace:
+        whole = Trace(torch.cat([t.mask for t in traces]), 2)
+        whole.vectors = {k: torch.cat([t.vectors[k] for t in traces]) for k in ("cls", "mean")}
+        return whole
+
+    both = Batch(
+        {"attention_mask": torch.cat([b.inputs["attention_mask"] for b in given])},
+        torch.cat([b.keep for b in given]),
+        torch.cat([b.labels for b in given]),
+        torch.cat([b.label_keep for b in given]),
+    )
+    weight.grad = None
+    whole = joined(seen)
+    args = (
+        both,
+        objective.global_rows([both]),
+        projections,
+        objective.peers([both], [whole], None),
+        0,
+    )
+    loss, share = objective(joined(ours), whole, *args)
+    loss.backward()
+    assert torch.allclose(shares, share, atol=1e-6)
+    assert torch.allclose(by_parts, weight.grad, atol=1e-6) and weight.grad.abs().max() > 1e-3
