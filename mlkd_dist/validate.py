@@ -8,7 +8,7 @@ from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
 from mlkd_dist.config import Config, StageConfig, UserError, nearest
-from mlkd_dist.schema import LOSSES, LossSchema, check_layers, loss_options, loss_schema, names
+from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
 
 TASKS = Path(__file__).parent / "tasks"
