@@ -18,11 +18,12 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_log_level_from_string
 from transformers.integrations import HfDeepSpeedConfig
 
-from mlkd_dist.config import Config
+from mlkd_dist.config import Config, UserError, nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Engine = deepspeed.DeepSpeedEngine
@@ -160,6 +161,45 @@ def student_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     return merged(derived, config.deepspeed)
+
+
+class Asked(dict):
+    """A dict that remembers which keys were asked for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def check_deepspeed(config: Config) -> None:
+    """UserError for what DeepSpeed refuses in `deepspeed:`, and for keys that it never looks at:
+    those it passes over without a word."""
+    settings = Asked(student_config(config))
+    try:
+        DeepSpeedConfig(settings)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split(" [type=")[0].split())
+        raise UserError(
+            f"deepspeed: DeepSpeed refuses this block ({reason}); correct or remove that key."
+        ) from error
+    for key in config.deepspeed:
+        if key not in settings.asked:
+            raise UserError(
+                f"deepspeed.{key}: DeepSpeed has no such key{nearest(key, sorted(settings.asked))};"
+                f" remove it."
+            )
 
 
 def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

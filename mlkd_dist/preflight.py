@@ -10,7 +10,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import prepare
-from mlkd_dist.engine import World
+from mlkd_dist.engine import World, check_deepspeed
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.run import Run, check_folder, class_count, on_first, user_errors
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
@@ -29,6 +29,7 @@ def check_start(config: Config, world: World) -> None:
         except ValueError as error:
             raise UserError(f"kernels: {error}") from error
         check_attention(config)
+        check_deepspeed(config)
         if config.teacher.path is not None and config.student.path is not None:
             paths = config.teacher.path, config.student.path
             tokenizers = [read_tokenizer(path, config.trust_remote_code) for path in paths]

@@ -70,6 +70,12 @@ SAID = {
     "a file as folder": ["run.dir", "run' is a file or", "choose another folder"],
     "below a file": ["run.dir", "good.jsonl' is a file or write-protected", "choose another"],
     "no flash attention": ["attention: flash_attention_2", "flash-attn"],
+    "no triton": ["kernels:", "triton"],
+    "a deepspeed key misspelt": [
+        "deepspeed.prescale_gradient",
+        "did you mean 'prescale_gradients'",
+    ],
+    "a zero key misspelt": ["deepspeed:", "overlap_com ", "not permitted"],
     "a teacher in the making": ["run.dir", "-teacher", "holds files that are no run"],
     "labels refused after finetune is planned": ["data.train", "row 9", "label 3"],
 }
@@ -165,12 +171,18 @@ def all_configs(base: Path) -> dict[str, dict]:
         "a file as folder": config("a file as folder"),
         "below a file": config("below a file"),
         "no flash attention": config("no flash attention", teacher__attention="flash_attention_2"),
+        "no triton": config("no triton"),
+        "a deepspeed key misspelt": config("a deepspeed key misspelt"),
+        "a zero key misspelt": config("a zero key misspelt"),
         "a teacher in the making": config("a teacher in the making", "base"),
         "labels refused after finetune is planned": config(
             "labels refused after finetune is planned", "base"
         ),
     }
     configs["an earlier run"]["run"]["overwrite"] = False
+    configs["no triton"]["kernels"] = "triton"
+    configs["a deepspeed key misspelt"]["deepspeed"] = {"prescale_gradient": True}
+    configs["a zero key misspelt"]["deepspeed"] = {"zero_optimization": {"overlap_com": True}}
     of_one_loss = {"teacher": {}, "stages": [{"steps": 1, "losses": {"hard_labels": {}}}]}
     configs["head of another size"] |= of_one_loss
     embeddings = {"steps": 1, "losses": {"sample_relation": {}}}
