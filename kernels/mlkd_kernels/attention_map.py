@@ -4,6 +4,7 @@ from torch import Tensor
 
 from mlkd_kernels._backend import choose
 from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels.streamed import attention_map as streamed
 
 
 def attention_kl(
@@ -26,7 +27,6 @@ def attention_kl(
     heads, batches or lengths differ or key heads do not divide query heads. Aguilar et al. 2020
     (arXiv 1910.03723).
     """
-    choose(backend)
     shapes = [student_query.shape, teacher_query.shape]
     if shapes[0][:3] != shapes[1][:3]:
         raise ValueError(
@@ -34,21 +34,49 @@ def attention_kl(
             "batch, heads and length must be the same. Where the heads differ use relation_kl, "
             "which cuts both widths anew."
         )
-    keep = keep_or_all(mask, student_query.transpose(1, 2), 2)
-    student = _scores(student_query, student_key, keep, "student", student_scale)
-    teacher = _scores(teacher_query.detach(), teacher_key.detach(), keep, "teacher", teacher_scale)
+    keep = None if mask is None else keep_or_all(mask, student_query.transpose(1, 2), 2)
+    options = {
+        "causal": causal,
+        "student_scale": _scale("student", student_query, student_key, student_scale),
+        "teacher_scale": _scale("teacher", teacher_query, teacher_key, teacher_scale),
+    }
+    run = BACKENDS[choose(backend, student_query)]
+    return run(student_query, student_key, teacher_query, teacher_key, keep, **options)
+
+
+def eager(
+    student_query: Tensor,  # [B, H, L, ds]
+    student_key: Tensor,  # [B, Hkv, L, ds]
+    teacher_query: Tensor,  # [B, H, L, dt]
+    teacher_key: Tensor,  # [B, Hkv', L, dt]
+    keep: Tensor | None,  # [B, L] bool
+    *,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+) -> Tensor:  # [B, H, L]
+    keep = keep_or_all(keep, student_query.transpose(1, 2), 2)
+    student = _scores(student_query, student_key, keep, student_scale)
+    teacher = _scores(teacher_query.detach(), teacher_key.detach(), keep, teacher_scale)
     return row_kl(teacher, student, token_pairs(keep, causal))
 
 
 def _scores(
-    query: Tensor, key: Tensor, keep: Tensor, name: str, scale: float | None
+    query: Tensor, key: Tensor, keep: Tensor, scale: float
 ) -> Tensor:  # [B, H, L, d], [B, Hkv, L, d] -> [B, H, L, L]
+    query, key = (drop_masked(x, keep[:, None]) for x in (query, key))
+    return gram(query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale)
+
+
+def _scale(name: str, query: Tensor, key: Tensor, scale: float | None) -> float:
     heads, key_heads = query.shape[1], key.shape[1]
-    if key_heads < 1 or heads % key_heads or query.shape[2:] != key.shape[2:]:
+    same = query.shape[0] == key.shape[0] and query.shape[2:] == key.shape[2:]
+    if key_heads < 1 or heads % key_heads or not same:
         raise ValueError(
             f"the {name}'s queries are {tuple(query.shape)} and keys {tuple(key.shape)}; the key "
-            "heads must divide the query heads, and length and width must be the same."
+            "heads must divide the query heads; batch, length and width must be the same."
         )
-    query, key = (drop_masked(x, keep[:, None]) for x in (query, key))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return gram(query, key.repeat_interleave(heads // key_heads, dim=1), scale)
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+BACKENDS = {"eager": eager, "streamed": streamed.attention_kl}

@@ -8,6 +8,7 @@ from torch import Tensor
 from mlkd_kernels._backend import choose
 from mlkd_kernels._gather import gather, gather_mask, own_indices
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all
+from mlkd_kernels.streamed import contrastive as streamed
 
 
 def info_nce(
@@ -34,7 +35,6 @@ def info_nce(
     ValueError where the shapes differ. Khosla et al. 2020 (arXiv 2004.11362), used by Zhang, Yang,
     Ji 2024 (arXiv 2407.02775) as L_SC.
     """
-    choose(backend)
     check_positive("temperature", temperature)
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
@@ -47,16 +47,47 @@ def info_nce(
             "samples."
         )
     keep = keep_or_all(mask, student, 1)
-    others, positives = _partners(keep, labels, own_indices(student, group), group)
     student, teacher = (drop_masked(x, keep) for x in (student, teacher.detach()))
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    run = _eager if choose(backend, student) == "eager" else _streamed
+    return run(student, teacher, keep, labels, 1 / temperature, group)
+
+
+def _eager(
+    student: Tensor,  # [n, D]
+    teacher: Tensor,  # [n, D]
+    keep: Tensor,  # [n] bool
+    labels: Tensor | None,  # [n]
+    scale: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # [n]
+    others, positives = _partners(keep, labels, own_indices(student, group), group)
     everyone = torch.cat([gather(student, group), gather(teacher, group)])
-    scores = gram(torch.cat([student, teacher]), everyone, 1 / temperature)
+    scores = gram(torch.cat([student, teacher]), everyone, scale)
     spread = scores.masked_fill(~others, torch.finfo(scores.dtype).min).logsumexp(-1)
     pull = torch.where(positives, scores, 0.0).sum(-1) / positives.sum(-1).clamp_min(1)
     anchors = torch.where(others.any(-1), spread - pull, 0.0)
     return anchors.view(2, -1).mean(0)
+
+
+def _streamed(
+    student: Tensor,  # [n, D]
+    teacher: Tensor,  # [n, D]
+    keep: Tensor,  # [n] bool
+    labels: Tensor | None,  # [n]
+    scale: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # [n]
+    partners = streamed.Partners(
+        keep,
+        gather_mask(keep, group),
+        own_indices(student, group),
+        labels,
+        None if labels is None else gather(labels, group),
+    )
+    everyone = gather(student, group), gather(teacher, group)
+    return streamed.info_nce(student, teacher, *everyone, partners, scale)
 
 
 def _partners(

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from mlkd_kernels._backend import choose
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels.streamed import relation as streamed
 
 
 def relation_kl(
@@ -26,33 +27,51 @@ def relation_kl(
     Raises ValueError where a width is not divisible by `heads`, or batches or lengths differ. Wang
     et al. 2021 (arXiv 2012.15828); Zhang, Yang, Ji 2024 (arXiv 2407.02775).
     """
-    choose(backend)
     check_positive("temperature", temperature)
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
             f"student is {tuple(student.shape)} and teacher {tuple(teacher.shape)}; batch and "
             "length must be the same."
         )
-    keep = keep_or_all(mask, student, 2)
-    scores = [
-        _scores(drop_masked(x, keep), name, heads, scale, temperature)
-        for name, x, scale in (
-            ("student", student, student_scale),
-            ("teacher", teacher.detach(), teacher_scale),
-        )
-    ]
-    return row_kl(scores[1], scores[0], token_pairs(keep, causal))
+    keep = None if mask is None else keep_or_all(mask, student, 2)
+    options = {
+        "heads": heads,
+        "causal": causal,
+        "student_scale": _scale("student", student, heads, student_scale) / temperature,
+        "teacher_scale": _scale("teacher", teacher, heads, teacher_scale) / temperature,
+    }
+    return BACKENDS[choose(backend, student)](student, teacher, keep, **options)
 
 
-def _scores(
-    x: Tensor, name: str, heads: int, scale: float | None, temperature: float
-) -> Tensor:  # [B, L, R*d] -> [B, R, L, L]
+def eager(
+    student: Tensor,  # [B, L, R*ds]
+    teacher: Tensor,  # [B, L, R*dt]
+    keep: Tensor | None,  # [B, L] bool
+    *,
+    heads: int,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+) -> Tensor:  # [B, R, L]
+    keep = keep_or_all(keep, student, 2)
+    student_scores = _scores(drop_masked(student, keep), heads, student_scale)
+    teacher_scores = _scores(drop_masked(teacher.detach(), keep), heads, teacher_scale)
+    return row_kl(teacher_scores, student_scores, token_pairs(keep, causal))
+
+
+def _scores(x: Tensor, heads: int, scale: float) -> Tensor:  # [B, L, R*d] -> [B, R, L, L]
+    x = x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
+    return gram(x, x, scale)
+
+
+def _scale(name: str, x: Tensor, heads: int, scale: float | None) -> float:
     width = x.shape[-1]
     if heads < 1 or width % heads:
         raise ValueError(
             f"the {name}'s width {width} is not divisible by heads={heads}; choose a divisor of "
             "both widths."
         )
-    x = x.unflatten(-1, (heads, width // heads)).transpose(1, 2)
-    scale = (width // heads) ** -0.5 if scale is None else scale
-    return gram(x, x, scale / temperature)
+    return (width // heads) ** -0.5 if scale is None else scale
+
+
+BACKENDS = {"eager": eager, "streamed": streamed.relation_kl}

@@ -8,6 +8,7 @@ from torch import Tensor
 from mlkd_kernels._backend import choose
 from mlkd_kernels._gather import gather, gather_mask, own_indices, total
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, widen
+from mlkd_kernels.streamed import similarity as streamed
 
 
 def similarity_mse(
@@ -26,8 +27,11 @@ def similarity_mse(
     rows of the similarity matrix.
     """
     _check_samples(student, teacher)
-    student, teacher = (_scores(x, normalize, 1.0, group) for x in (student, teacher.detach()))
-    return total((student - teacher).square().sum() / student.shape[1] ** 2, group)
+    student, teacher = (_vectors(x, normalize) for x in (student, teacher.detach()))
+    samples = len(student) * (1 if group is None else dist.get_world_size(group))
+    if streamed.narrow_is_cheaper(samples, student.shape[1], teacher.shape[1]):
+        return streamed.similarity_mse(student, teacher, group)
+    return _mse(student, teacher, group)
 
 
 def similarity_kl(
@@ -50,32 +54,55 @@ def similarity_kl(
     backpropagating every rank's rows gives a sample the gradient of the sum over all ranks. Raises
     ValueError where the numbers of samples differ. Zhang, Yang, Ji 2024 (arXiv 2407.02775), L_SS.
     """
-    choose(backend)
     check_positive("temperature", temperature)
     _check_samples(student, teacher)
     keep = keep_or_all(mask, student, 1)
+    run = _kl if choose(backend, student) == "eager" else streamed.similarity_kl
+    scales = [(1.0 if normalize else x.shape[1] ** -0.5) / temperature for x in (student, teacher)]
+    if mask is not None:
+        student, teacher = drop_masked(student, keep), drop_masked(teacher, keep)
+    return run(
+        _vectors(student, normalize),
+        _vectors(teacher.detach(), normalize),
+        None if mask is None else keep,
+        diagonal=diagonal,
+        student_scale=scales[0],
+        teacher_scale=scales[1],
+        group=group,
+    )
+
+
+def _kl(
+    student: Tensor,  # [n, ds]
+    teacher: Tensor,  # [n, dt]
+    keep: Tensor | None,  # [n] bool
+    *,
+    diagonal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # [n]
+    keep = keep_or_all(keep, student, 1)
     allowed = keep[:, None] & gather_mask(keep, group)
     if not diagonal:
         own = own_indices(student, group)
         allowed = allowed & (own[:, None] != torch.arange(allowed.shape[1], device=own.device))
-    scale = 1 / temperature
-    student, teacher = (
-        _scores(
-            drop_masked(x, keep),
-            normalize,
-            scale if normalize else scale * x.shape[1] ** -0.5,
-            group,
-        )
-        for x in (student, teacher.detach())
-    )
-    return row_kl(teacher, student, allowed)
+    student_scores = gram(student, gather(student, group), student_scale)
+    teacher_scores = gram(teacher, gather(teacher, group), teacher_scale)
+    return row_kl(teacher_scores, student_scores, allowed)
 
 
-def _scores(
-    x: Tensor, normalize: bool, scale: float, group: dist.ProcessGroup | None
-) -> Tensor:  # [n, d] -> [n, N]
-    x = F.normalize(widen(x), dim=-1) if normalize else widen(x)
-    return gram(x, gather(x, group), scale)
+def _mse(
+    student: Tensor,  # [n, ds]
+    teacher: Tensor,  # [n, dt]
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # scalar
+    student, teacher = (gram(x, gather(x, group), 1.0) for x in (student, teacher))
+    return total((student - teacher).square().sum() / student.shape[1] ** 2, group)
+
+
+def _vectors(x: Tensor, normalize: bool) -> Tensor:  # [n, d] -> [n, d]
+    return F.normalize(widen(x), dim=-1) if normalize else widen(x)
 
 
 def _check_samples(student: Tensor, teacher: Tensor) -> None:

@@ -1,0 +1,29 @@
+"""Padding: real tokens are packed where that is cheap, others are masked."""
+
+import torch
+from torch import Tensor
+
+from mlkd_kernels.streamed.row_kl import Limits
+
+# Below this many scores a sequence costs less than packing it.
+MIN_PACKED_SCORES = 2**14
+
+
+def token_limits(keep: Tensor | None, heads: int, causal: bool, dtype: torch.dtype) -> Limits:
+    """The limits of B * heads heads, those of a sequence side by side."""
+    if keep is None:
+        return Limits(causal=causal)
+    # Elsewhere the number of real tokens would have to be waited for.
+    if keep.device.type == "cpu":
+        if keep.all():
+            return Limits(causal=causal)
+        if heads * keep.shape[1] ** 2 >= MIN_PACKED_SCORES:
+            return Limits(causal=causal, parts=_parts(keep, heads))
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    bias = bias.masked_fill_(~keep, torch.finfo(dtype).min)
+    return Limits(bias.repeat_interleave(heads, dim=0), causal)
+
+
+def _parts(keep: Tensor, heads: int) -> list[tuple[slice, Tensor]]:
+    tokens = [row.nonzero().squeeze(1) for row in keep]
+    return [(slice(b * heads, (b + 1) * heads), real) for b, real in enumerate(tokens)]
