@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlkd_kernels._backend import choose
-from mlkd_kernels.rows import check_positive, drop_masked, gram, row_kl
+from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl
+from mlkd_kernels.streamed import linear_divergence as streamed
+from mlkd_kernels.streamed.linear_divergence import Head
 
 KINDS = (
     "forward_kl",
@@ -32,12 +34,17 @@ def linear_divergence(
     beta: float = 0.5,
     row_weight: Tensor | None = None,  # [N]
     labels: Tensor | None = None,  # [N], -100 where ignored
+    student_soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:  # scalar
     """Sum over rows of row_weight times the divergence of P (teacher) and Q (student).
 
-    P = softmax(teacher_hidden teacher_weight^t / T), Q the student's likewise, T the temperature;
-    no T^2 inside. By `kind`:
+    P = softmax(z / T), z = teacher_logit_scale * teacher_hidden teacher_weight^t, Q the student's
+    likewise, T the temperature; no T^2 inside. With a soft cap c z becomes c tanh(z / c), before
+    the temperature. By `kind`:
         forward_kl       KL(P || Q)
         reverse_kl       KL(Q || P)
         jsd              beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q
@@ -50,21 +57,80 @@ def linear_divergence(
     a mixture, labels missing or given to another kind. Agarwal et al. 2024 (arXiv 2306.13649) for
     jsd, Ko et al. 2024 (arXiv 2402.03898) for the skewed ones.
     """
-    choose(backend)
     check_positive("temperature", temperature)
     _check_kind(kind, beta, labels)
     _check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
-    weight = torch.ones_like(student_hidden[:, 0]) if row_weight is None else row_weight.detach()
-    keep = weight != 0 if labels is None else (weight != 0) & (labels != -100)
-    student = gram(drop_masked(student_hidden, keep), student_weight, 1 / temperature)
+    if kind != "cross_entropy":
+        _check_vocabularies(student_weight, teacher_weight)
+    heads = [
+        _head(name, scale, soft_cap, temperature)
+        for name, scale, soft_cap in (
+            ("student", student_logit_scale, student_soft_cap),
+            ("teacher", teacher_logit_scale, teacher_soft_cap),
+        )
+    ]
+    run = _eager if choose(backend, student_hidden) == "eager" else streamed.linear_divergence
+    return run(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        _keep(row_weight, labels),
+        kind=kind,
+        beta=beta,
+        row_weight=None if row_weight is None else row_weight.detach(),
+        labels=labels,
+        student_head=heads[0],
+        teacher_head=heads[1],
+    )
+
+
+def _eager(
+    student_hidden: Tensor,  # [N, D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None,  # [N, E]
+    teacher_weight: Tensor | None,  # [V, E]
+    keep: Tensor | None,  # [N] bool, None where all rows count
+    *,
+    kind: str,
+    beta: float,
+    row_weight: Tensor | None,  # [N]
+    labels: Tensor | None,  # [N]
+    student_head: Head,
+    teacher_head: Head,
+) -> Tensor:  # scalar
+    keep = keep_or_all(keep, student_hidden, 1)
+    student = _logits(drop_masked(student_hidden, keep), student_weight, student_head)
     if kind == "cross_entropy":
         rows = F.cross_entropy(student, labels, ignore_index=-100, reduction="none")
     else:
-        _check_vocabularies(student_weight, teacher_weight)
         hidden = drop_masked(teacher_hidden.detach(), keep)
-        teacher = gram(hidden, teacher_weight.detach(), 1 / temperature)
+        teacher = _logits(hidden, teacher_weight.detach(), teacher_head)
         rows = _divergence(kind, teacher, student, beta)
+    weight = torch.ones_like(rows) if row_weight is None else row_weight
     return (rows * weight.to(rows.dtype)).sum()
+
+
+def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V, D] -> [N, V]
+    if head.soft_cap is None:
+        return gram(hidden, weight, head.scale / head.temperature)
+    logits = gram(hidden, weight, head.scale)
+    return (logits / head.soft_cap).tanh() * (head.soft_cap / head.temperature)
+
+
+def _head(name: str, scale: float, soft_cap: float | None, temperature: float) -> Head:
+    check_positive(f"{name}_logit_scale", scale)
+    if soft_cap is not None:
+        check_positive(f"{name}_soft_cap", soft_cap)
+    return Head(scale, soft_cap, temperature)
+
+
+def _keep(row_weight: Tensor | None, labels: Tensor | None) -> Tensor | None:  # -> [N] bool
+    """Which rows are read; None for all."""
+    if row_weight is None:
+        return None if labels is None else labels != -100
+    keep = row_weight != 0
+    return keep if labels is None else keep & (labels != -100)
 
 
 def _divergence(

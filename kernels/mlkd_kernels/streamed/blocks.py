@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# What it is called; a test of the path for other devices calls it otherwise.
+CPU = "cpu"
 # Scores in one block. On a CPU three of them and the vectors stay in the caches.
 CPU_SCORES = 2**18
 CUDA_SCORES = 2**25
@@ -44,7 +46,7 @@ def blocks(
     columns up to i only."""
     if not heads * rows * columns:
         return
-    block_heads, block_rows = block_size(like.device, heads, step, rows, columns)
+    block_heads, block_rows = block_size(like, heads, step, rows, columns)
     buffers = [like.new_empty(block_heads * block_rows * columns) for _ in range(3)]
     for head in range(0, heads, block_heads):
         for row in range(0, rows, block_rows):
@@ -57,16 +59,19 @@ def blocks(
             )
 
 
-def block_size(
-    device: torch.device, heads: int, step: int, rows: int, columns: int
-) -> tuple[int, int]:
+def block_size(like: Tensor, heads: int, step: int, rows: int, columns: int) -> tuple[int, int]:
     """Heads and rows of a block."""
     budget, most, least = CUDA_SCORES, rows, 1
-    if device.type == "cpu":
+    if on_cpu(like):
         budget, most, least = CPU_SCORES, CPU_ROWS, MIN_CPU_ROWS
     block_rows = min(rows, most, max(budget // (columns * step), least))
     block_heads = max(budget // (block_rows * columns * step), 1) * step
     return min(heads, block_heads), block_rows
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether a size that depends on values is known without waiting for a device."""
+    return x.device.type == CPU
 
 
 def shaped(buffer: Tensor, *shape: int) -> Tensor:

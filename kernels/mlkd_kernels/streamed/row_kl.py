@@ -70,7 +70,7 @@ def row_kl(
     scales: tuple[float, float],  # student's, teacher's
     limits: Limits,
 ) -> Tensor:  # [H, M]
-    """KL(P_i || Q_i), P_i = softmax_j(scale <query_i, key_j>) of the teacher, Q_i of the student."""
+    """KL(P_i || Q_i), P_i = softmax_j(scale <query_i, key_j>), Q_i the student's likewise."""
     vectors = student_query, student_key, teacher_query, teacher_key
     dtype = torch.promote_types(student_query.dtype, teacher_query.dtype)
     vectors = [None if x is None else x.to(dtype) for x in vectors]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels._gather import gather, gather_mask, own_indices
+from mlkd_kernels._gather import gather, gather_mask
 from mlkd_kernels.streamed.blocks import full_precision
 from mlkd_kernels.streamed.row_kl import Limits, row_kl
 

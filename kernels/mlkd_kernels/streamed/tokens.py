@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mlkd_kernels.streamed.blocks import on_cpu
 from mlkd_kernels.streamed.row_kl import Limits
 
 # Below this many scores a sequence costs less than packing it.
@@ -13,8 +14,7 @@ def token_limits(keep: Tensor | None, heads: int, causal: bool, dtype: torch.dty
     """The limits of B * heads heads, those of a sequence side by side."""
     if keep is None:
         return Limits(causal=causal)
-    # Elsewhere the number of real tokens would have to be waited for.
-    if keep.device.type == "cpu":
+    if on_cpu(keep):
         if keep.all():
             return Limits(causal=causal)
         if heads * keep.shape[1] ** 2 >= MIN_PACKED_SCORES:
