@@ -55,6 +55,10 @@ def own_indices(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [n, ..
     return torch.arange(start, start + x.shape[0], device=x.device)
 
 
+def global_samples(x: Tensor, group: dist.ProcessGroup | None) -> int:
+    return len(x) * (1 if group is None else dist.get_world_size(group))
+
+
 def total(share: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum of the ranks' shares, the same number on every rank."""
     return share if group is None else _Total.apply(share, group)

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlkd_kernels._backend import choose
-from mlkd_kernels._gather import gather, gather_mask, own_indices
+from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all
 from mlkd_kernels.streamed import contrastive as streamed
+from mlkd_kernels.streamed.blocks import is_small
 
 
 def info_nce(
@@ -50,7 +51,9 @@ def info_nce(
     student, teacher = (drop_masked(x, keep) for x in (student, teacher.detach()))
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    run = _eager if choose(backend, student) == "eager" else _streamed
+    scores = 2 * len(student), 2 * global_samples(student, group)
+    small = choose(backend, student) == "eager" or is_small(*scores)
+    run = _eager if small else _streamed
     return run(student, teacher, keep, labels, 1 / temperature, group)
 
 

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlkd_kernels._backend import choose
-from mlkd_kernels._gather import gather, gather_mask, own_indices, total
+from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices, total
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, widen
 from mlkd_kernels.streamed import similarity as streamed
+from mlkd_kernels.streamed.blocks import is_small
 
 
 def similarity_mse(
@@ -28,7 +29,7 @@ def similarity_mse(
     """
     _check_samples(student, teacher)
     student, teacher = (_vectors(x, normalize) for x in (student, teacher.detach()))
-    samples = len(student) * (1 if group is None else dist.get_world_size(group))
+    samples = global_samples(student, group)
     if streamed.narrow_is_cheaper(samples, student.shape[1], teacher.shape[1]):
         return streamed.similarity_mse(student, teacher, group)
     return _mse(student, teacher, group)
@@ -57,7 +58,9 @@ def similarity_kl(
     check_positive("temperature", temperature)
     _check_samples(student, teacher)
     keep = keep_or_all(mask, student, 1)
-    run = _kl if choose(backend, student) == "eager" else streamed.similarity_kl
+    samples = global_samples(student, group)
+    small = choose(backend, student) == "eager" or is_small(len(student), samples)
+    run = _kl if small else streamed.similarity_kl
     scales = [(1.0 if normalize else x.shape[1] ** -0.5) / temperature for x in (student, teacher)]
     if mask is not None:
         student, teacher = drop_masked(student, keep), drop_masked(teacher, keep)

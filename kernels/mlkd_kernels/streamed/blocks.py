@@ -15,6 +15,8 @@ CUDA_SCORES = 2**25
 CPU_ROWS = 128
 # Thin products are slow: a long row gets a larger block rather than fewer rows.
 MIN_CPU_ROWS = 32
+# A matrix of so few scores is cheaper to keep than to make a second time.
+SMALL = 2**22
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ def block_size(like: Tensor, heads: int, step: int, rows: int, columns: int) -> 
     block_rows = min(rows, most, max(budget // (columns * step), least))
     block_heads = max(budget // (block_rows * columns * step), 1) * step
     return min(heads, block_heads), block_rows
+
+
+def is_small(rows: int, columns: int) -> bool:
+    return rows * columns <= SMALL
 
 
 def on_cpu(x: Tensor) -> bool:

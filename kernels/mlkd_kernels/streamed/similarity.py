@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels._gather import gather, gather_mask
+from mlkd_kernels._gather import gather, gather_mask, global_samples
 from mlkd_kernels.streamed.blocks import full_precision
 from mlkd_kernels.streamed.row_kl import Limits, row_kl
 
@@ -60,7 +60,6 @@ class _SimilarityMSE(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None
     ) -> Tensor:
-        ranks = 1 if group is None else dist.get_world_size(group)
         with full_precision(student):
             # All three by the same product: of the same vectors they are the same to the bit.
             products = [a.mT @ b for a, b in ((student, student), (teacher, student))]
@@ -70,7 +69,7 @@ class _SimilarityMSE(torch.autograd.Function):
                 dist.all_reduce(product, group=group)
         own, cross, given = products
         ctx.save_for_backward(student, teacher, own, cross)
-        ctx.pairs = (ranks * len(student)) ** 2
+        ctx.pairs = global_samples(student, group) ** 2
         own, cross, given = (product.square().sum() for product in products)
         return (own + given - 2 * cross) / ctx.pairs
 
