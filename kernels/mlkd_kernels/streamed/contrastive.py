@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mlkd_kernels.streamed.blocks import Block, blocks, full_precision, shaped
+from mlkd_kernels.streamed.compiled import not_traced
 
 
 class Partners(NamedTuple):
@@ -31,6 +32,7 @@ class Partners(NamedTuple):
         return self.own[rows, None] == torch.arange(len(self.keep_all), device=self.own.device)
 
 
+@not_traced
 def info_nce(
     student: Tensor,  # [n, D], 0 where masked, normalised where that is wanted
     teacher: Tensor,  # [n, D]

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from mlkd_kernels.rows import drop_masked
 from mlkd_kernels.streamed.blocks import full_precision, on_cpu, shaped
+from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.divergence import KINDS, Slope, cross_entropy
 
 # Enough rows to keep the products thick; the buffers are the only memory that grows with V.
@@ -48,6 +49,7 @@ class Options(NamedTuple):
     with_grad: bool
 
 
+@not_traced
 def linear_divergence(
     student_hidden: Tensor,  # [N, D]
     student_weight: Tensor,  # [V, D]

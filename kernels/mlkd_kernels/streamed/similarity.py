@@ -9,9 +9,11 @@ from torch.autograd.function import once_differentiable
 
 from mlkd_kernels._gather import gather, gather_mask, global_samples
 from mlkd_kernels.streamed.blocks import full_precision
+from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.row_kl import Limits, row_kl
 
 
+@not_traced
 def similarity_kl(
     student: Tensor,  # [n, ds], 0 where masked, normalised where that is wanted
     teacher: Tensor,  # [n, dt]
@@ -40,6 +42,7 @@ def similarity_kl(
     return rows.squeeze(0)
 
 
+@not_traced
 def similarity_mse(
     student: Tensor,  # [n, ds], normalised where that is wanted
     teacher: Tensor,  # [n, dt]
