@@ -13,7 +13,7 @@ from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.divergence import KINDS, Slope, cross_entropy
 
 # Enough rows to keep the products thick; the buffers are the only memory that grows with V.
-CPU_TOKENS = 256
+CPU_TOKENS = 128
 MIN_CUDA_TOKENS = 1024
 CUDA_BYTES = 2**31
 
