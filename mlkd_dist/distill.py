@@ -66,7 +66,8 @@ def distill(config: Config, world: World) -> None:
     run = prepared(config, world, source(config))
     student_path = make_folder(config, world)
     evaluator = Evaluator(run)
-    before = evaluator(student_path, config.student.dtype, config.student.attention)
+    # Its time is that of the student after, which is taken beside the teacher's.
+    before = evaluator(student_path, config.student.dtype, config.student.attention, timed=False)
     train(run, student_path)
     report(evaluator, before)
 

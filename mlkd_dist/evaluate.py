@@ -31,7 +31,7 @@ class Evaluator:
             dtype=dtype, attention=attention, zero_stage=teacher.zero_stage, offload=teacher.offload
         )
 
-    def __call__(self, path: str, dtype: str, attention: str) -> Evaluation:
+    def __call__(self, path: str, dtype: str, attention: str, timed: bool = True) -> Evaluation:
         """Outputs on all held-out rows, in their order, and what the report says of the model. The
         outputs are whole on the first process only. All processes call this."""
         settings = self.settings(dtype, attention)
@@ -42,7 +42,7 @@ class Evaluator:
         facts: dict[str, Any] = {"path": path, "parameters": parameters}
         if self.world.first:
             facts["quality"] = self.task.quality(outputs)
-            facts["latency_ms"] = self.latency(path, settings, parameters)
+            facts["latency_ms"] = self.latency(path, settings, parameters) if timed else None
         barrier()
         return outputs, facts
 

@@ -3,13 +3,15 @@ text becomes a batch, which rows of the logits count, and how well a model does 
 
 Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
 
-    columns            raw columns it reads model_class        the transformers Auto class of its
-    models reads              what an evaluation takes from a trace encode(rows, tokenizer,
-    max_length)     raw columns -> token columns settings()         what the encoding depends on,
-    for the cache key collate(rows, keep, tokenizer)          rows -> Batch outputs(trace, batch)
-    per sample results of one batch, a dict of tensors on the CPU quality(outputs)
-    how well the model does by the labels: name -> number agreement(student, teacher)
-    how alike two models' outputs are: name -> number
+    columns                       raw columns it reads
+    model_class                   the transformers Auto class of its models
+    reads                         what an evaluation takes from a trace
+    settings()                    what the encoding depends on, for the cache key
+    encode(rows, tokenizer, max_length)    raw columns -> token columns
+    collate(rows, keep, tokenizer)         rows -> Batch
+    outputs(trace, batch)         per sample results of one batch, a dict of tensors on the CPU
+    quality(outputs)              how well the model does by the labels: name -> number
+    agreement(student, teacher)   how alike two models' outputs are: name -> number
 """
 
 import importlib
