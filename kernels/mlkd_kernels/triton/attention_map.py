@@ -240,17 +240,11 @@ def attention_key_backward(
         s = (query, student_query_row, student_lse + line, student_scale)
         query = teacher_query + batch * teacher_query_batch + head * teacher_query_head
         t = (query, teacher_query_row, teacher_lse + line, teacher_scale)
-        whole = 0
-        if CAUSAL:
-            first = start // OTHER * OTHER
-            whole = tl.minimum(tl.cdiv(start + OWN, OTHER) * OTHER, length)
-            total, total_tail = collect(
-                total, total_tail, own, None, s, t, grad + line, keep, length, start, first, whole,
-                None, COLUMN, True, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
-            )  # fmt: skip
+        # Masked in every tile: a second loop inside this one would cost registers.
+        first = start // OTHER * OTHER if CAUSAL else 0
         total, total_tail = collect(
-            total, total_tail, own, None, s, t, grad + line, keep, length, start, whole, length,
-            None, COLUMN, False, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
+            total, total_tail, own, None, s, t, grad + line, keep, length, start, first, length,
+            None, COLUMN, CAUSAL, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
         )  # fmt: skip
     if unit is not None:
         out_scale *= tl.load(unit)
@@ -297,12 +291,16 @@ class _AttentionKL(torch.autograd.Function):
         if not grad.numel():
             return *(x if x is None else x.zero_() for x in grads), *[None] * 5
         length = grad.shape[2]
-        tile = choose_tile("backward", *_widths(*inputs), *(x.dtype for x in inputs))
-        grad, unit = row_gradient(grad, keep, inputs[0].dtype)
-        kernels = attention_query_backward, attention_key_backward
-        for kernel, out in zip(kernels, grads, strict=True):
+        dtypes = [x.dtype for x in inputs]
+        grad, unit = row_gradient(grad, keep, dtypes[0])
+        kernels = {
+            "query_backward": attention_query_backward,
+            "key_backward": attention_key_backward,
+        }
+        for (name, kernel), out in zip(kernels.items(), grads, strict=True):
             if out is None:
                 continue
+            tile = choose_tile(name, *_widths(*inputs), *dtypes)
             with on_device(out):
                 kernel[(triton.cdiv(length, tile.own) * out.shape[0] * out.shape[1],)](
                     *inputs, keep, student_lse, teacher_lse, grad, unit, out,

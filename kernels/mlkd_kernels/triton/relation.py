@@ -219,7 +219,7 @@ class _RelationKL(torch.autograd.Function):
         if not grad.numel():
             return out.zero_(), None, None, None, None, None
         widths = student.shape[-1] // ctx.heads, teacher.shape[-1] // ctx.heads
-        tile = choose_tile("backward", *widths, student.dtype, teacher.dtype)
+        tile = choose_tile("gram_backward", *widths, student.dtype, teacher.dtype)
         grad, unit = row_gradient(grad, keep, student.dtype)
         # Two exponentials need a Gram matrix: of the same rows, scaled by a positive number.
         paired = not ctx.causal and min(ctx.scales) > 0
