@@ -4,16 +4,11 @@ Scores and everything computed from them are fp32 and in base 2: the factor log2
 scale, which multiplies the product only after it is summed.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from mlkd_kernels.triton._tiles import head_part, tail_part
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 # Finite, unlike -inf: the difference of two masked scores is no NaN, and a row whose first keys are
 # all masked (left padding) is wiped clean by the first real one.
@@ -330,32 +325,3 @@ def collect(
         if tail_part(STUDENT_WIDTH):
             total_tail = tl.dot(e, x_tail, total_tail, input_precision="ieee")
     return total, total_tail
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if x.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(x.device).device(x.device)
-
-
-def rowwise(x: Tensor) -> Tensor:
-    """`x`, copied only where its last dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def row_gradient(
-    grad: Tensor, keep: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """The upstream gradient of rows [B, H, L] and the unit it is in, None where that is 1.
-
-    grad / unit * (Q - P) is rounded to the student's type: in fp16 it would vanish, since the
-    upstream gradient carries 1 / (number of rows). 2^12 in addition leaves room to 65504.
-    """
-    grad = grad.float().contiguous()
-    if dtype != torch.float16:
-        return grad, None
-    known = grad if keep is None else grad.where(keep[:, None], 0.0)
-    peak = known.abs().amax()
-    unit = torch.where(peak > 0, peak, 1.0) / 4096
-    return grad / unit, unit

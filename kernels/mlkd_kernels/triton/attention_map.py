@@ -11,18 +11,15 @@ from torch.autograd.function import once_differentiable
 from mlkd_kernels.triton._common import (
     COLUMN,
     INF,
-    LOG2_E,
     ROW,
     collect,
     divergence_rows,
     load_kept,
     load_rows,
     load_tile,
-    on_device,
-    row_gradient,
-    rowwise,
     store_tile,
 )
+from mlkd_kernels.triton._launch import LOG2_E, gradient_like, on_device, row_gradient, rowwise
 from mlkd_kernels.triton._tiles import check_supported, choose_tile, head_part, tail_part
 
 
@@ -286,7 +283,7 @@ class _AttentionKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, keep, student_lse, teacher_lse = ctx.saved_tensors
-        grads = [torch.empty_like(x) if need else None for x, need in
+        grads = [gradient_like(x) if need else None for x, need in
                  zip(inputs[:2], ctx.needs_input_grad[:2], strict=True)]  # fmt: skip
         if not grad.numel():
             return *(x if x is None else x.zero_() for x in grads), *[None] * 5

@@ -12,7 +12,6 @@ from mlkd_kernels.triton._common import (
     BOTH,
     COLUMN,
     INF,
-    LOG2_E,
     ROW,
     WIDEST_SPREAD,
     collect,
@@ -20,11 +19,9 @@ from mlkd_kernels.triton._common import (
     load_kept,
     load_rows,
     load_tile,
-    on_device,
-    row_gradient,
-    rowwise,
     store_tile,
 )
+from mlkd_kernels.triton._launch import LOG2_E, gradient_like, on_device, row_gradient, rowwise
 from mlkd_kernels.triton._tiles import check_supported, choose_tile, head_part, tail_part
 
 
@@ -215,7 +212,7 @@ class _RelationKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, keep, *lse = ctx.saved_tensors
         batch, length, _ = student.shape
-        out = torch.empty_like(student)
+        out = gradient_like(student)
         if not grad.numel():
             return out.zero_(), None, None, None, None, None
         widths = student.shape[-1] // ctx.heads, teacher.shape[-1] // ctx.heads
