@@ -24,8 +24,8 @@ FP32, FP16 = torch.float32, torch.float16
 # of what is multiplied by the student's rows.
 ROWS = {FP32: 1e-5, FP16: 1e-5}
 GRADIENT = {FP32: 1e-5, FP16: 1e-3}
-# No block owns more than 128 rows or walks over more than 64 keys at a time: 150 tokens are more than
-# one of either, and 140 of padding more than two blocks of keys.
+# No block owns more than 128 rows or walks over more than 64 keys at a time: 150 tokens are more
+# than one of either, and 140 of padding more than two blocks of keys.
 LONG, PADDED = 150, 140
 
 
@@ -251,11 +251,11 @@ def test_the_whole_grid(interpreted: Callable, dtype: torch.dtype, causal: bool)
 
 
 def check_identical(dtype: torch.dtype, causal: bool, kind: str) -> None:
-    x = randn(2, LONG, 2 * 24).to(dtype)
-    keep = padding(kind, 2, LONG)
-    rows, grad = run(relation(x, x.clone(), keep, heads=2, causal=causal)[0], [x])
+    x = randn(1, LONG, 24).to(dtype)
+    keep = padding(kind, 1, LONG)
+    rows, grad = run(relation(x, x.clone(), keep, heads=1, causal=causal)[0], [x])
     assert rows.eq(0).all() and grad.eq(0).all()
-    heads = [randn(2, 2, LONG, 24, seed=i).to(dtype) for i in range(2)]
+    heads = [randn(1, 1, LONG, 24, seed=i).to(dtype) for i in range(2)]
     kernel, _ = attention((heads[0].clone(), heads[1].clone()), keep, 24, causal)
     for zero in run(kernel, heads):
         assert zero.eq(0).all()
@@ -270,15 +270,15 @@ def test_identical_models_are_exactly_zero(
 
 
 def check_poison(causal: bool, kind: str, value: float) -> None:
-    keep = padding(kind, 2, LONG)
-    tensors = [randn(2, LONG, 2 * width, seed=width) for width in (16, 24)]
-    weight = randn(2, 2, LONG, seed=5)
+    keep = padding(kind, 1, LONG)
+    tensors = [randn(1, LONG, width, seed=width) for width in (16, 24)]
+    weight = randn(1, 1, LONG, seed=5)
     results = []
     for filler in (0.0, value):
         student, teacher = (x.where(keep[..., None], filler) for x in tensors)
         upstream = weight.where(keep[:, None], filler)
-        kernel, _ = relation(student, teacher, keep, heads=2, causal=causal)
-        heads = [x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (student, teacher)]
+        kernel, _ = relation(student, teacher, keep, heads=1, causal=causal)
+        heads = [x.unflatten(-1, (1, -1)).transpose(1, 2) for x in (student, teacher)]
         maps, _ = attention((heads[1], heads[1]), keep, 16, causal)
         results.append(
             [*run(kernel, [student], upstream), *run(maps, [heads[0], heads[0]], upstream)]

@@ -109,7 +109,7 @@ def relation_backward(
 ):
     """out_i = out_scale * sum_j (D_ij + D_ji) student_j, D_ij = grad_i (Q_ij - P_ij).
 
-    With `causal` the keys before the diagonal block see only D_ij, those after it only D_ji.
+    With `causal` D_ij is 0 for j > i: a loop over the keys before i and one over the rows after it.
     """
     blocks = tl.cdiv(length, OWN)
     start = tl.program_id(0) % blocks * OWN
@@ -139,19 +139,15 @@ def relation_backward(
     if tail_part(STUDENT_WIDTH):
         total_tail = tl.zeros([OWN, tail_part(STUDENT_WIDTH)], tl.float32)
     if CAUSAL:
+        last = tl.minimum(start + OWN, length)
+        total, total_tail = collect(
+            total, total_tail, own, stats, s, t, grad, keep, length, start, 0, last, None,
+            ROW, True, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
+        )  # fmt: skip
         first = start // OTHER * OTHER
-        last = tl.minimum(tl.cdiv(start + OWN, OTHER) * OTHER, length)
         total, total_tail = collect(
-            total, total_tail, own, stats, s, t, grad, keep, length, start, 0, first, None,
-            ROW, False, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
-        )  # fmt: skip
-        total, total_tail = collect(
-            total, total_tail, own, stats, s, t, grad, keep, length, start, first, last, None,
-            BOTH, True, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
-        )  # fmt: skip
-        total, total_tail = collect(
-            total, total_tail, own, stats, s, t, grad, keep, length, start, last, length, None,
-            COLUMN, False, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
+            total, total_tail, own, stats, s, t, grad, keep, length, start, first, length, None,
+            COLUMN, True, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
         )  # fmt: skip
     else:
         narrow = False
