@@ -30,6 +30,7 @@ WIDTHS = [
     (2, 64, 16),
     (2, 128, 128),
     (2, 96, 40),
+    (2, 128, 64),
     (2, 256, 256),
     (2, 192, 160),
     (4, 64, 64),
@@ -84,7 +85,7 @@ def build(
     tile = _tiles.choose_tile(KERNELS[name], student, teacher, dtype)
     values = {
         "CAUSAL": causal,
-        "PAIRED": not causal,
+        "PAIRED": relation.pairs(student, teacher, causal),
         "STUDENT_WIDTH": student,
         "TEACHER_WIDTH": teacher,
         "OWN": tile.own,

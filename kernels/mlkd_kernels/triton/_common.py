@@ -299,7 +299,10 @@ def collect(
     student_rows, student_stride, student_lse, student_scale = student
     teacher_rows, teacher_stride, teacher_lse, teacher_scale = teacher
     here = start + tl.arange(0, OWN)[:, None]
-    for first in range(begin, end, OTHER):
+    # Rows without statistics of their own are keys, whose loop stands in one over query heads: with
+    # wide heads no register is left for what is the same in every turn.
+    LEAN: tl.constexpr = own_stats is None and STUDENT_WIDTH + TEACHER_WIDTH > 256
+    for first in tl.range(begin, end, OTHER, disable_licm=LEAN):
         kept = load_kept(keep, first, length, OTHER)
         x, x_tail = load_tile(student_rows, student_stride, kept, first, STUDENT_WIDTH, OTHER)
         y, y_tail = load_tile(teacher_rows, teacher_stride, kept, first, TEACHER_WIDTH, OTHER)

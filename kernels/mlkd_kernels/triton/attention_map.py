@@ -148,17 +148,9 @@ def attention_query_backward(
     total_tail = 0.0
     if tail_part(STUDENT_WIDTH):
         total_tail = tl.zeros([OWN, tail_part(STUDENT_WIDTH)], tl.float32)
-    whole = 0
-    end = length
-    if CAUSAL:
-        whole = start // OTHER * OTHER
-        end = tl.minimum(start + OWN, length)
-        total, total_tail = collect(
-            total, total_tail, own, stats, s, t, None, keep, length, start, 0, whole, None,
-            ROW, False, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
-        )  # fmt: skip
+    end = tl.minimum(start + OWN, length) if CAUSAL else length
     total, total_tail = collect(
-        total, total_tail, own, stats, s, t, None, keep, length, start, whole, end, None,
+        total, total_tail, own, stats, s, t, None, keep, length, start, 0, end, None,
         ROW, CAUSAL, False, STUDENT_WIDTH, TEACHER_WIDTH, OWN, OTHER,
     )  # fmt: skip
     if unit is not None:
@@ -225,7 +217,8 @@ def attention_key_backward(
     total_tail = 0.0
     if tail_part(STUDENT_WIDTH):
         total_tail = tl.zeros([OWN, tail_part(STUDENT_WIDTH)], tl.float32)
-    for member in range(0, student_group):
+    # Hoisting out of this loop would spill registers.
+    for member in tl.range(0, student_group, disable_licm=True):
         head = key_head * student_group + member
         y, y_tail = load_tile(
             teacher_key + batch * teacher_key_batch + head // teacher_group * teacher_key_head,
@@ -237,7 +230,7 @@ def attention_key_backward(
         s = (query, student_query_row, student_lse + line, student_scale)
         query = teacher_query + batch * teacher_query_batch + head * teacher_query_head
         t = (query, teacher_query_row, teacher_lse + line, teacher_scale)
-        # Masked in every tile: a second loop inside this one would cost registers.
+        # Masked in every tile: a second loop inside this one would spill registers.
         first = start // OTHER * OTHER if CAUSAL else 0
         total, total_tail = collect(
             total, total_tail, own, None, s, t, grad + line, keep, length, start, first, length,

@@ -173,6 +173,15 @@ def relation_backward(
     store_tile(out, out_row, total, total_tail, out_scale, kept, inside, start, STUDENT_WIDTH, OWN)
 
 
+def pairs(student_width: int, teacher_width: int, causal: bool) -> bool:
+    """Whether the gradient has use for its two-exponential form.
+
+    With `causal` an entry takes part in one row only, and wide heads wait for products, not for
+    exponentials.
+    """
+    return not causal and student_width + teacher_width <= 256
+
+
 class _RelationKL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -214,8 +223,8 @@ class _RelationKL(torch.autograd.Function):
         widths = student.shape[-1] // ctx.heads, teacher.shape[-1] // ctx.heads
         tile = choose_tile("gram_backward", *widths, student.dtype, teacher.dtype)
         grad, unit = row_gradient(grad, keep, student.dtype)
-        # Two exponentials need a Gram matrix: of the same rows, scaled by a positive number.
-        paired = not ctx.causal and min(ctx.scales) > 0
+        # The bound behind two exponentials holds for inner products scaled by a positive number.
+        paired = pairs(*widths, ctx.causal) and min(ctx.scales) > 0
         with on_device(student):
             relation_backward[(triton.cdiv(length, tile.own) * batch * ctx.heads,)](
                 student, teacher, keep, *lse, grad, unit, out,
