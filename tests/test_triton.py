@@ -172,7 +172,7 @@ def check_attention(
     causal: bool,
     kind: str,
 ) -> None:
-    batch = 2
+    batch = 1 if length == LONG else 2
     student_heads, teacher_heads = heads[:2], (heads[0], heads[2])
     # Heads as a view of the projection's output, as models make them.
     student, teacher = (
@@ -288,9 +288,8 @@ def check_poison(causal: bool, kind: str, value: float) -> None:
         assert torch.equal(clean, poisoned_one)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind, value", [("left", float("nan")), ("holes", float("inf"))])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", ["left", "holes"])
 def test_nothing_in_padding_is_read(
     interpreted: Callable, kind: str, causal: bool, value: float
 ) -> None:
@@ -320,7 +319,7 @@ def check_negative_scale() -> None:
 
 
 def test_negative_scale(interpreted: Callable) -> None:
-    """Then an entry of a Gram matrix is not below the mean of its diagonal ones."""
+    """Then the diagonal of a Gram matrix is its smallest part, not its largest."""
     interpreted(check_negative_scale)
 
 
@@ -347,7 +346,7 @@ def test_small_upstream_gradient_does_not_vanish_in_fp16(interpreted: Callable) 
 def check_views() -> None:
     from mlkd_kernels.triton._launch import rowwise
 
-    wide, teacher = randn(2, 70, 100), randn(2, 70, 48, seed=1)
+    wide, teacher = randn(2, 30, 100), randn(2, 30, 48, seed=1)
     view = wide[:, :, 7 : 7 + 48]
     assert rowwise(view) is view, "a view with a dense last dimension is read in place"
     kernel, _ = relation(view, teacher, None, heads=2, causal=False)
@@ -361,7 +360,7 @@ def check_views() -> None:
     for one, two in zip(run(kernel, [repeated]), run(kernel, [repeated.clone()]), strict=True):
         assert torch.equal(one, two)
     heads = [x.unflatten(-1, (2, 24)).transpose(1, 2) for x in (view, view.flip(1))]
-    maps, _ = attention((teacher.view(2, 70, 2, 24).transpose(1, 2),) * 2, None, 24, True)
+    maps, _ = attention((teacher.view(2, 30, 2, 24).transpose(1, 2),) * 2, None, 24, True)
     expected = run(maps, [x.contiguous() for x in heads])
     for one, two in zip(run(maps, heads), expected, strict=True):
         assert torch.equal(one, two)

@@ -223,8 +223,7 @@ class _RelationKL(torch.autograd.Function):
         widths = student.shape[-1] // ctx.heads, teacher.shape[-1] // ctx.heads
         tile = choose_tile("gram_backward", *widths, student.dtype, teacher.dtype)
         grad, unit = row_gradient(grad, keep, student.dtype)
-        # The bound behind two exponentials holds for inner products scaled by a positive number.
-        paired = pairs(*widths, ctx.causal) and min(ctx.scales) > 0
+        paired = pairs(*widths, ctx.causal)
         with on_device(student):
             relation_backward[(triton.cdiv(length, tile.own) * batch * ctx.heads,)](
                 student, teacher, keep, *lse, grad, unit, out,
