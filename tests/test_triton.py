@@ -191,7 +191,7 @@ def check_attention(
 RELATIONS = [
     (FP32, 1, 3, (16, 16), False, "none"),
     (FP32, 2, 1, (8, 21), True, "none"),
-    (FP32, 15, 12, (21, 16), False, "right"),
+    (FP32, 15, 12, (21, 16), False, "right", 1),
     (FP32, 16, 3, (24, 32), True, "left"),
     (FP32, 17, 3, (40, 24), False, "holes"),
     (FP32, 63, 1, (80, 96), True, "whole"),

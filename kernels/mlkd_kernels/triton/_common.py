@@ -243,8 +243,8 @@ def paired_gap(s, t, own_stats, other_stats, center):
     """gap by rows + gap by columns of a Gram matrix with two exponentials instead of four.
 
     h = exp2(s_ij - (lse_i + lse_j) / 2) is at most 1, since s_ij is one of the terms of lse_i and,
-    as s_ji, of lse_j; then exp2(s_ij - lse_i) = h * up_j * down_i with up = exp2((lse - center) / 2)
-    and down = 1 / up, which cost one exponential per row instead of one per entry.
+    as s_ji, of lse_j. Then exp2(s_ij - lse_i) = h * up_j * down_i, and transposed likewise, with
+    up = exp2((lse - center) / 2) and down = 1 / up: exponentials of rows, not of entries.
     """
     own_student, own_teacher, own_grad = own_stats
     other_student, other_teacher, other_grad = other_stats
