@@ -1,0 +1,1 @@
+"""The Triton kernels. Nobody outside imports this package where Triton is not installed."""

@@ -1,0 +1,87 @@
+"""How large the blocks of a kernel are, and what the kernels can do at all."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A row block and its gradient must lie in registers; the widest attention heads have 256.
+WIDEST = 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    own: int  # rows of the block that a program owns
+    other: int  # rows of the blocks that it walks over
+    warps: int
+    stages: int
+
+
+# kernel -> bytes per element -> (largest padded width of teacher + student, tile), narrow first.
+# Every row compiles for sm_80 and sm_90 without spilled registers (tests/test_triton_compile.py);
+# 64 rows and more are what Hopper's matrix instructions need. No GPU has timed them yet.
+TILES: dict[str, dict[int, list[tuple[int, Tile]]]] = {
+    "forward": {
+        2: [(128, Tile(128, 64, 8, 3)), (256, Tile(128, 64, 8, 2)), (512, Tile(64, 32, 4, 2))],
+        4: [(128, Tile(32, 32, 4, 2)), (512, Tile(16, 16, 4, 1))],
+    },
+    "gram_backward": {
+        2: [
+            (128, Tile(128, 32, 8, 2)),
+            (160, Tile(64, 64, 8, 2)),
+            (192, Tile(128, 32, 8, 2)),
+            (256, Tile(64, 32, 8, 2)),
+            (512, Tile(64, 16, 8, 2)),
+        ],
+        4: [(128, Tile(32, 16, 4, 2)), (512, Tile(16, 16, 8, 1))],
+    },
+    "query_backward": {
+        2: [(128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 2)), (512, Tile(64, 16, 8, 2))],
+        4: [(128, Tile(32, 16, 4, 2)), (512, Tile(16, 16, 4, 1))],
+    },
+    "key_backward": {
+        2: [(128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 2)), (512, Tile(64, 16, 8, 2))],
+        4: [(128, Tile(32, 16, 4, 2)), (512, Tile(16, 16, 4, 1))],
+    },
+}
+
+
+# A head's width is held in two parts whose sizes are powers of two, the second perhaps 0: 96 is
+# 64 + 32 and not 128. No part is below 16, the least that tensor cores multiply.
+@triton.constexpr_function
+def tail_part(width: int) -> int:
+    head = 1 << ((max(width, 2) - 1).bit_length() - 1)
+    tail = max(16, 1 << max(width - head - 1, 0).bit_length())
+    return tail if tail < head else 0
+
+
+@triton.constexpr_function
+def head_part(width: int) -> int:
+    whole = max(16, 1 << (width - 1).bit_length())
+    return whole // 2 if tail_part(width) else whole
+
+
+def padded(width: int) -> int:
+    return head_part(width) + tail_part(width)
+
+
+def supported(student_width: int, teacher_width: int, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels take heads of these widths and tensors of these types."""
+    widths = student_width, teacher_width
+    return all(1 <= width <= WIDEST for width in widths) and all(x in DTYPES for x in dtypes)
+
+
+def check_supported(student_width: int, teacher_width: int, *dtypes: torch.dtype) -> None:
+    if not supported(student_width, teacher_width, *dtypes):
+        raise NotImplementedError(
+            f"heads of widths {student_width} and {teacher_width} in {set(dtypes)}; the Triton "
+            f"kernels take widths up to {WIDEST} in fp32, fp16 and bf16. Use backend='streamed'."
+        )
+
+
+def choose_tile(kernel: str, student_width: int, teacher_width: int, *dtypes: torch.dtype) -> Tile:
+    """The tile for heads of these widths; the widest of the types decides."""
+    total = padded(student_width) + padded(teacher_width)
+    table = TILES[kernel][max(dtype.itemsize for dtype in dtypes)]
+    return next(tile for limit, tile in table if total <= limit)

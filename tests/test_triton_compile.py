@@ -1,0 +1,185 @@
+"""Every kernel in every configuration of _tiles.py, compiled for devices that are not here."""
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton here")
+
+KERNELS = {
+    "relation_forward": "forward",
+    "relation_backward": "gram_backward",
+    "attention_forward": "forward",
+    "attention_query_backward": "query_backward",
+    "attention_key_backward": "key_backward",
+}
+# Bytes of shared memory that a block may use.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# (bytes per element, teacher's width, student's): the widest heads of each row of the table, a
+# narrow student, and heads of two parts.
+WIDTHS = [
+    (2, 64, 64),
+    (2, 64, 16),
+    (2, 128, 128),
+    (2, 96, 40),
+    (2, 128, 64),
+    (2, 256, 256),
+    (2, 192, 160),
+    (4, 64, 64),
+    (4, 256, 256),
+]
+
+
+def leave_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Callable]:
+    """Compiles in a process of its own: in this one Triton may have been imported to interpret."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=leave_interpreter) as pool:
+        yield lambda *args, **kwargs: pool.submit(build, *args, **kwargs).result()
+
+
+def argument(name: str, values: dict[str, Any], element: str) -> Any:
+    """The type of a kernel's argument as Triton writes it, or its value where it is constant."""
+    if name in values:
+        return values[name]
+    if name.endswith("_scale"):
+        return "fp32"
+    if name.endswith(("_batch", "_head", "_row", "_group")) or name in ("heads", "length"):
+        return "i32"
+    if name.endswith("_lse") or name in ("rows", "grad", "unit"):
+        return "*fp32"
+    return {"keep": "*i1"}.get(name, f"*{element}")
+
+
+def build(
+    name: str,
+    target: str,
+    widths: tuple[int, int, int],
+    causal: bool,
+    element: str | None = None,
+    keep: bool = True,
+) -> dict[str, Any]:
+    """Shared memory, bytes of stack that the registers spill to, and the code."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mlkd_kernels.triton import _tiles, attention_map, relation
+
+    size, teacher, student = widths
+    element = element or {2: "bf16", 4: "fp32"}[size]
+    dtype = {2: torch.bfloat16, 4: torch.float32}[size]
+    tile = _tiles.choose_tile(KERNELS[name], student, teacher, dtype)
+    values = {
+        "CAUSAL": causal,
+        "PAIRED": relation.pairs(student, teacher, causal),
+        "STUDENT_WIDTH": student,
+        "TEACHER_WIDTH": teacher,
+        "OWN": tile.own,
+        "OTHER": tile.other,
+    }
+    values |= {} if element == "fp16" else {"unit": None}
+    values |= {} if keep else {"keep": None}
+    kernel = getattr(attention_map if "attention" in name else relation, name)
+    types = {arg: argument(arg, values, element) for arg in kernel.arg_names}
+    constant = {arg: value for arg, value in types.items() if not isinstance(value, str)}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (arg, kind) in enumerate(types.items())
+        if isinstance(kind, str) and kind != "fp32" and arg != "length"
+    }
+    signature = {arg: "constexpr" if arg in constant else kind for arg, kind in types.items()}
+    device = (
+        GPUTarget("hip", target, 64)
+        if target.startswith("gfx")
+        else GPUTarget("cuda", int(target[3:]), 32)
+    )
+    result = triton.compile(
+        ASTSource(kernel, signature, constant, aligned),
+        target=device,
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    return {"shared": result.metadata.shared, **usage(result.asm)}
+
+
+def usage(asm: dict[str, Any]) -> dict[str, Any]:
+    if "cubin" not in asm:
+        spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", asm["amdgcn"])
+        registers = re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])
+        return {"spilled": int(spilled[1]), "registers": int(registers[1]), "wgmma": 0}
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # The kernels have no arrays of their own: all of the stack is registers that were spilled.
+    stack, registers = (re.search(rf"{key}:(\d+)", report) for key in ("STACK", "REG"))
+    return {
+        "spilled": int(stack[1]),
+        "registers": int(registers[1]),
+        "wgmma": asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def check(compiled: Callable, name: str, target: str, widths: tuple, causal: bool) -> None:
+    result = compiled(name, target, widths, causal)
+    print(name, target, widths, "causal" if causal else "full", result)
+    assert result["shared"] <= SHARED[target]
+    if target in ("sm_80", "sm_90"):
+        assert result["spilled"] == 0, result
+    if target == "sm_90" and widths[0] == 2:
+        assert result["wgmma"] > 0, "bf16 on Hopper must run on its own matrix instructions"
+
+
+# The kernel with most registers on the two devices that are asked for most, and each other target
+# and kernel once.
+SOME = [
+    ("relation_backward", "sm_90", (2, 64, 64), False),
+    ("relation_backward", "sm_80", (2, 64, 64), False),
+    ("relation_backward", "gfx942", (2, 64, 64), True),
+    ("relation_forward", "sm_90", (2, 96, 40), False),
+    ("relation_forward", "sm_100", (2, 64, 64), True),
+    ("attention_forward", "sm_80", (2, 128, 128), True),
+    ("attention_query_backward", "sm_90", (2, 128, 128), True),
+    ("attention_key_backward", "sm_90", (2, 64, 64), True),
+]
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_some_kernels_compile(compiled: Callable, case: tuple) -> None:
+    check(compiled, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_configuration_compiles(
+    compiled: Callable, name: str, target: str, causal: bool
+) -> None:
+    for widths in WIDTHS:
+        check(compiled, name, target, widths, causal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_variants_compile(compiled: Callable, name: str) -> None:
+    """fp16 with its unit, and no padding."""
+    for element, keep in (("fp16", True), ("bf16", False)):
+        result = compiled(name, "sm_90", (2, 64, 32), True, element, keep)
+        assert result["spilled"] == 0 and result["wgmma"] > 0
