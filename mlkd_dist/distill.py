@@ -220,7 +220,7 @@ def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objectiv
         stage.layers,
         widths(student_path),
         widths(teacher) if teacher else None,
-        choose(run.config.kernels),
+        run.config.kernels,
         run.world,
     )
 

@@ -19,6 +19,7 @@ import mlkd_kernels
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton here")
 
+BACKENDS = ("eager", "streamed", "triton")
 FP32, FP16 = torch.float32, torch.float16
 # Relative to the largest row and to the gradient's norm: the rounding of fp32 scores, and in fp16
 # of what is multiplied by the student's rows.
@@ -34,11 +35,12 @@ def start_interpreter() -> None:
     torch.set_num_threads(1)
     for name in ("empty", "empty_like"):
         setattr(torch, name, poisoned(getattr(torch, name)))
+    from mlkd_kernels._backend import WIDEST_HEAD
     from mlkd_kernels.triton import _tiles
 
     # The interpreter pays for each tile and not for its size; fp16 keeps the shipped ones.
     for table in _tiles.TILES.values():
-        table[4] = [(2 * _tiles.WIDEST, _tiles.Tile(64, 64, 4, 1))]
+        table[4] = [(2 * WIDEST_HEAD, _tiles.Tile(64, 64, 4, 1))]
 
 
 def poisoned(function: Callable) -> Callable:
@@ -419,10 +421,17 @@ def test_two_types_and_a_gradient_of_one_side(interpreted: Callable) -> None:
 
 
 def check_refused() -> None:
-    from mlkd_kernels.triton._tiles import supported
-
-    assert supported(8, 256, FP32) and not supported(8, 257, FP32)
-    assert not supported(8, 8, FP32, torch.float64)
+    x = randn(1, 4, 48)
+    public = {name: mlkd_kernels.relation_kl(x, x + 1, heads=3, backend=name) for name in BACKENDS}
+    for name in BACKENDS[1:]:
+        torch.testing.assert_close(public[name], public["eager"])
+    wide = randn(1, 4, 257)
+    with pytest.raises(ValueError, match="triton: its heads have a width of 256 at most"):
+        mlkd_kernels.relation_kl(wide, wide, heads=1, backend="triton")
+    with pytest.raises(ValueError, match="no Triton kernel yet"):
+        mlkd_kernels.info_nce(x[0], x[0], backend="triton")
+    # By name only: the interpreter is for tests.
+    assert mlkd_kernels.choose("triton") == "triton" and mlkd_kernels.choose("auto") == "streamed"
     for x in (randn(1, 4, 257), randn(1, 4, 16).double()):
         kernel, _ = relation(x, x, None, heads=1, causal=False)
         with pytest.raises(NotImplementedError, match="streamed"):

@@ -1,30 +1,37 @@
 """Which implementation of an operation runs."""
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
 AVAILABLE = "available"
+NO_KERNEL = "this operation has no Triton kernel yet"
+# What the Triton kernels of relations and attention maps take. A row block and its gradient must
+# lie in registers; the widest attention heads have 256.
+WIDEST_HEAD = 256
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def backends() -> dict[str, str]:
     """Backend -> "available", or why it is not."""
-    return {
-        "eager": AVAILABLE,
-        "streamed": AVAILABLE,
-        "triton": "not written yet in this version of mlkd_kernels",
-    }
+    return {"eager": AVAILABLE, "streamed": AVAILABLE, "triton": _triton_state()}
 
 
-def choose(backend: str, like: Tensor | None = None) -> str:
+def choose(backend: str, like: Tensor | None = None, *, triton_lacks: str | None = None) -> str:
     """The backend that runs for `backend`; `auto` takes the fastest for a tensor like `like`.
 
-    Without `like` the device is the one that this machine computes on.
+    Without `like` the device is the one that this machine computes on. `triton_lacks` says why
+    there is no Triton kernel for this call. Raises ValueError where the backend cannot run.
     """
     states = backends()
+    if states["triton"] == AVAILABLE:
+        states["triton"] = _device_state(like) if triton_lacks is None else triton_lacks
     usable = [name for name in ("triton", "streamed", "eager") if states[name] == AVAILABLE]
     if backend == "auto":
-        on_cuda = torch.cuda.is_available() if like is None else like.is_cuda
-        return usable[0] if on_cuda or usable[0] != "triton" else usable[1]
+        # The interpreter is for tests: it runs where it is asked for by name.
+        return next(name for name in usable if name != "triton" or _on_gpu(like))
     if backend in usable:
         return backend
     why = "; ".join(f"{name}: {state}" for name, state in states.items() if state != AVAILABLE)
@@ -32,3 +39,32 @@ def choose(backend: str, like: Tensor | None = None) -> str:
         f"backend={backend!r} cannot run here; use one of: auto, {', '.join(usable)}. Not "
         f"available: {why}."
     )
+
+
+def head_lacks(student_width: int, teacher_width: int, *dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernels do not take heads of these widths and types; None where they do."""
+    if max(student_width, teacher_width) > WIDEST_HEAD:
+        return f"its heads have a width of {WIDEST_HEAD} at most"
+    if any(dtype not in TRITON_DTYPES for dtype in dtypes):
+        return "it takes fp32, fp16 and bf16"
+    return None
+
+
+def _triton_state() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not (torch.cuda.is_available() or _interpreting()):
+        return "there is no GPU here"
+    return AVAILABLE
+
+
+def _device_state(like: Tensor | None) -> str:
+    return AVAILABLE if _on_gpu(like) or _interpreting() else "the tensors are not on a GPU"
+
+
+def _on_gpu(like: Tensor | None) -> bool:
+    return torch.cuda.is_available() if like is None else like.is_cuda
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,8 +1,10 @@
 """KL between the attention maps of teacher and student, head by head."""
 
+from typing import Any
+
 from torch import Tensor
 
-from mlkd_kernels._backend import choose
+from mlkd_kernels._backend import choose, head_lacks
 from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs
 from mlkd_kernels.streamed import attention_map as streamed
 
@@ -40,7 +42,9 @@ def attention_kl(
         "student_scale": _scale("student", student_query, student_key, student_scale),
         "teacher_scale": _scale("teacher", teacher_query, teacher_key, teacher_scale),
     }
-    run = BACKENDS[choose(backend, student_query)]
+    queries = student_query, teacher_query
+    lacks = head_lacks(*(x.shape[-1] for x in queries), *(x.dtype for x in queries))
+    run = BACKENDS[choose(backend, student_query, triton_lacks=lacks)]
     return run(student_query, student_key, teacher_query, teacher_key, keep, **options)
 
 
@@ -79,4 +83,11 @@ def _scale(name: str, query: Tensor, key: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.attention_kl}
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.attention_map import attention_kl as kernel
+
+    return kernel(*tensors, **options)
+
+
+BACKENDS = {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton}

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import choose
+from mlkd_kernels._backend import NO_KERNEL, choose
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all
 from mlkd_kernels.streamed import contrastive as streamed
@@ -52,7 +52,7 @@ def info_nce(
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     scores = 2 * len(student), 2 * global_samples(student, group)
-    small = choose(backend, student) == "eager" or is_small(*scores)
+    small = choose(backend, student, triton_lacks=NO_KERNEL) == "eager" or is_small(*scores)
     run = _eager if small else _streamed
     return run(student, teacher, keep, labels, 1 / temperature, group)
 

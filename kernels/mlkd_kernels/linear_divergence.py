@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import choose
+from mlkd_kernels._backend import NO_KERNEL, choose
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl
 from mlkd_kernels.streamed import linear_divergence as streamed
 from mlkd_kernels.streamed.linear_divergence import Head
@@ -69,7 +69,11 @@ def linear_divergence(
             ("teacher", teacher_logit_scale, teacher_soft_cap),
         )
     ]
-    run = _eager if choose(backend, student_hidden) == "eager" else streamed.linear_divergence
+    run = (
+        _eager
+        if choose(backend, student_hidden, triton_lacks=NO_KERNEL) == "eager"
+        else streamed.linear_divergence
+    )
     return run(
         student_hidden,
         student_weight,

@@ -1,8 +1,10 @@
 """KL between the token-to-token relations of teacher and student."""
 
+from typing import Any
+
 from torch import Tensor
 
-from mlkd_kernels._backend import choose
+from mlkd_kernels._backend import choose, head_lacks
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, token_pairs
 from mlkd_kernels.streamed import relation as streamed
 from mlkd_kernels.streamed.blocks import is_small
@@ -44,7 +46,9 @@ def relation_kl(
         "student_scale": _scale("student", student, heads, student_scale) / temperature,
         "teacher_scale": _scale("teacher", teacher, heads, teacher_scale) / temperature,
     }
-    backend = choose(backend, student)
+    widths = student.shape[-1] // heads, teacher.shape[-1] // heads
+    lacks = head_lacks(*widths, student.dtype, teacher.dtype)
+    backend = choose(backend, student, triton_lacks=lacks)
     if backend == "streamed" and _keeping_is_cheaper(student, teacher, heads):
         backend = "eager"
     return BACKENDS[backend](student, teacher, keep, **options)
@@ -88,4 +92,11 @@ def _keeping_is_cheaper(student: Tensor, teacher: Tensor, heads: int) -> bool:
     return few and student.shape[2] + teacher.shape[2] >= WIDE * heads
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.relation_kl}
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.relation import relation_kl as kernel
+
+    return kernel(*tensors, **options)
+
+
+BACKENDS = {"eager": eager, "streamed": streamed.relation_kl, "triton": _triton}

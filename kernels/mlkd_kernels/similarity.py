@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import choose
+from mlkd_kernels._backend import NO_KERNEL, choose
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices, total
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, widen
 from mlkd_kernels.streamed import similarity as streamed
@@ -59,7 +59,9 @@ def similarity_kl(
     _check_samples(student, teacher)
     keep = keep_or_all(mask, student, 1)
     samples = global_samples(student, group)
-    small = choose(backend, student) == "eager" or is_small(len(student), samples)
+    small = choose(backend, student, triton_lacks=NO_KERNEL) == "eager" or is_small(
+        len(student), samples
+    )
     run = _kl if small else streamed.similarity_kl
     scales = [(1.0 if normalize else x.shape[1] ** -0.5) / temperature for x in (student, teacher)]
     if mask is not None:

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# A row block and its gradient must lie in registers; the widest attention heads have 256.
-WIDEST = 256
+from mlkd_kernels._backend import head_lacks
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,12 @@ def padded(width: int) -> int:
     return head_part(width) + tail_part(width)
 
 
-def supported(student_width: int, teacher_width: int, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels take heads of these widths and tensors of these types."""
-    widths = student_width, teacher_width
-    return all(1 <= width <= WIDEST for width in widths) and all(x in DTYPES for x in dtypes)
-
-
 def check_supported(student_width: int, teacher_width: int, *dtypes: torch.dtype) -> None:
-    if not supported(student_width, teacher_width, *dtypes):
+    lacks = head_lacks(student_width, teacher_width, *dtypes)
+    if lacks is not None:
         raise NotImplementedError(
-            f"heads of widths {student_width} and {teacher_width} in {set(dtypes)}; the Triton "
-            f"kernels take widths up to {WIDEST} in fp32, fp16 and bf16. Use backend='streamed'."
+            f"heads of widths {student_width} and {teacher_width} in {set(dtypes)}: {lacks}. Use "
+            f"backend='streamed'."
         )
 
 
