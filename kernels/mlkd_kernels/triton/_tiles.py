@@ -26,6 +26,7 @@ TILES: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     },
     "gram_backward": {
         2: [
+            (96, Tile(128, 64, 8, 2)),
             (128, Tile(128, 32, 8, 2)),
             (160, Tile(64, 64, 8, 2)),
             (192, Tile(128, 32, 8, 2)),
