@@ -110,7 +110,7 @@ LOSSES = {
     "embedding_relation": {},
     "attention_relation": {"of": ["context", "query", "key", "value"], "splits": 2},
     "hidden_mse": {},
-    "sample_relation": {"of": "mean", "normalize": True, "temperature": 0.2},
+    "sample_relation": {"of": "mean", "normalize": True, "temperature": 0.05},
     "sample_contrast": {"of": "mean"},
 }
 LOGIT_LOSSES = {"soft_labels": {"temperature": 2.0}, "hard_labels": {}}

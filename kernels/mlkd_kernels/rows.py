@@ -52,18 +52,19 @@ def row_kl(
 ) -> Tensor:  # [..., N] twice -> [...]
     """KL(P || Q), P = softmax(p_scores), Q = softmax(q_scores) over the allowed entries.
 
-    0 where none is allowed. KL = sum_j P_j (p_j - q_j) - lse(p) + lse(q): its value and its
-    gradient Q - P are exactly 0 where the scores are the same, which differences of log-softmax
-    do not reach.
+    0 where none is allowed. With a = exp(p - max p) and b = exp(q - max q) of the scores p and q:
+        KL = sum_j a_j ((p_j - max p) - (q_j - max q)) / sum a + log(sum b / sum a)
+    Its value and its gradient Q - P are exactly 0 where the scores are the same, which differences
+    of log-softmax do not reach, and the logarithm is of a number near 1 where they are alike: two
+    lse would each be rounded at their own size.
     """
     if allowed is not None:
         p_scores = p_scores.masked_fill(~allowed, torch.finfo(p_scores.dtype).min)
         q_scores = q_scores.masked_fill(~allowed, torch.finfo(q_scores.dtype).min)
-    # The difference of two lse keeps its digits only if neither is large.
     p_scores = p_scores - p_scores.detach().amax(-1, keepdim=True)
     q_scores = q_scores - q_scores.detach().amax(-1, keepdim=True)
-    p_lse, q_lse = p_scores.logsumexp(-1), q_scores.logsumexp(-1)
-    p = (p_scores - p_lse.unsqueeze(-1)).exp()
+    p_power = p_scores.exp()
+    p_sum, q_sum = p_power.sum(-1), q_scores.exp().sum(-1)
     # Where P is 0 the gap may be inf - inf.
-    gap = torch.where(p > 0, p_scores - q_scores, 0.0)
-    return (p * gap).sum(-1) - p_lse + q_lse
+    gap = torch.where(p_power > 0, p_scores - q_scores, 0.0)
+    return (p_power * gap).sum(-1) / p_sum + (q_sum / p_sum).log()
