@@ -10,7 +10,7 @@ from torch import Tensor
 # What it is called; a test of the path for other devices calls it otherwise.
 CPU = "cpu"
 # Scores in one block. On a CPU three of them and the vectors stay in the caches.
-CPU_SCORES = 2**18
+CPU_SCORES = 2**19
 CUDA_SCORES = 2**25
 CPU_ROWS = 128
 # Thin products are slow: a long row gets a larger block rather than fewer rows.
