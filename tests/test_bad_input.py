@@ -19,6 +19,8 @@ from mlkd_dist.config import HEADER, from_mapping, load
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    # What is refused for want of a GPU is refused on any machine.
+    "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
 }
 
