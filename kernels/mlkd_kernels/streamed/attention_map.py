@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mlkd_kernels.rows import drop_masked, widen
+from mlkd_kernels.rows import drop_masked
 from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.tokens import token_limits
@@ -28,5 +28,5 @@ def attention_kl(
 
 
 def _flat(x: Tensor, keep: Tensor | None) -> Tensor:  # [B, H, L, d] -> [B*H, L, d]
-    x = widen(x) if keep is None else drop_masked(x, keep[:, None])
+    x = x if keep is None else drop_masked(x, keep[:, None])
     return x.flatten(0, 1)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.streamed.blocks import Block, blocks, full_precision, shaped
+from mlkd_kernels.rows import full_precision
+from mlkd_kernels.streamed.blocks import Block, blocks, shaped
 from mlkd_kernels.streamed.compiled import not_traced
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.rows import drop_masked
-from mlkd_kernels.streamed.blocks import full_precision, on_cpu, shaped
+from mlkd_kernels.rows import drop_masked, full_precision
+from mlkd_kernels.streamed.blocks import on_cpu, shaped
 from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.divergence import KINDS, Slope, cross_entropy
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mlkd_kernels._gather import gather, gather_mask, global_samples
-from mlkd_kernels.streamed.blocks import full_precision
+from mlkd_kernels.rows import full_precision
 from mlkd_kernels.streamed.compiled import not_traced
-from mlkd_kernels.streamed.row_kl import Limits, row_kl
+from mlkd_kernels.streamed.row_kl import row_kl
+from mlkd_kernels.streamed.row_ops import PLAIN, Limits, RowOps
 
 
 @not_traced
@@ -23,6 +24,7 @@ def similarity_kl(
     student_scale: float,
     teacher_scale: float,
     group: dist.ProcessGroup | None,
+    ops: RowOps = PLAIN,
 ) -> Tensor:  # [n]
     bias, excluded = None, None
     if keep is not None:
@@ -38,6 +40,7 @@ def similarity_kl(
         None if group is None else gather(teacher, group).unsqueeze(0),
         (student_scale, teacher_scale),
         Limits(bias, excluded=excluded),
+        ops,
     )
     return rows.squeeze(0)
 
