@@ -1,11 +1,13 @@
 """Small real models, tokenizers and data, and runs of one or more processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +185,14 @@ def logged(config: dict) -> list[dict]:
 
 
 Launch = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable]:
+    """Calls a function in a process of its own: Triton chooses the interpreter when it is
+    imported, which no other test must notice."""
+    from interpreter import start_interpreter
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=start_interpreter) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()

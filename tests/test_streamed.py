@@ -446,7 +446,7 @@ def test_small_blocks_are_really_many() -> None:
     found = list(blocks.blocks(torch.zeros(1), 6, 1, LENGTH, LENGTH, causal=True))
     assert len({(b.heads.start, b.rows.start) for b in found}) == 9
     assert [b.columns for b in found[:3]] == [4, 8, 11]
-    assert len(list(heads_in_chunks._chunks(torch.zeros(LENGTH, 1), 9))) == 3
+    assert len(list(heads_in_chunks._chunks(torch.zeros(LENGTH, 1), 9, torch.float32))) == 3
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length() -> None:

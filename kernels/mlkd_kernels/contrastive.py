@@ -1,11 +1,13 @@
 """Contrast of student and teacher vectors over the global batch."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose
+from mlkd_kernels._backend import choose, type_lacks
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, widen
 from mlkd_kernels.streamed import contrastive as streamed
@@ -51,10 +53,11 @@ def info_nce(
     student, teacher = (drop_masked(widen(x), keep) for x in (student, teacher.detach()))
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    chosen = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
     scores = 2 * len(student), 2 * global_samples(student, group)
-    small = choose(backend, student, triton_lacks=NO_KERNEL) == "eager" or is_small(*scores)
-    run = _eager if small else _streamed
-    return run(student, teacher, keep, labels, 1 / temperature, group)
+    if backend != "triton" and is_small(*scores):
+        chosen = "eager"
+    return BACKENDS[chosen](student, teacher, keep, labels, 1 / temperature, group)
 
 
 def _eager(
@@ -81,6 +84,7 @@ def _streamed(
     labels: Tensor | None,  # [n]
     scale: float,
     group: dist.ProcessGroup | None,
+    ops: streamed.ContrastOps = streamed.PLAIN,
 ) -> Tensor:  # [n]
     partners = streamed.Partners(
         keep,
@@ -90,7 +94,17 @@ def _streamed(
         None if labels is None else gather(labels, group),
     )
     everyone = gather(student, group), gather(teacher, group)
-    return streamed.info_nce(student, teacher, *everyone, partners, scale)
+    return streamed.info_nce(student, teacher, *everyone, partners, scale, ops)
+
+
+def _triton(*given: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.contrastive import FUSED
+
+    return _streamed(*given, FUSED)
+
+
+BACKENDS = {"eager": _eager, "streamed": _streamed, "triton": _triton}
 
 
 def _partners(

@@ -1,12 +1,13 @@
 """Divergences between the distributions that two output heads make of hidden states."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose
+from mlkd_kernels._backend import choose, type_lacks
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl
 from mlkd_kernels.streamed import linear_divergence as streamed
 from mlkd_kernels.streamed.linear_divergence import Head
@@ -69,16 +70,10 @@ def linear_divergence(
             ("teacher", teacher_logit_scale, teacher_soft_cap),
         )
     ]
-    run = (
-        _eager
-        if choose(backend, student_hidden, triton_lacks=NO_KERNEL) == "eager"
-        else streamed.linear_divergence
-    )
-    return run(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
+    given = student_hidden, student_weight, teacher_hidden, teacher_weight
+    lacks = type_lacks(*(x.dtype for x in given if x is not None))
+    return BACKENDS[choose(backend, student_hidden, triton_lacks=lacks)](
+        *given,
         _keep(row_weight, labels),
         kind=kind,
         beta=beta,
@@ -113,6 +108,16 @@ def _eager(
         rows = _divergence(kind, teacher, student, beta)
     weight = torch.ones_like(rows) if row_weight is None else row_weight
     return (rows * weight.to(rows.dtype)).sum()
+
+
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.divergence import fused
+
+    return streamed.linear_divergence(*tensors, divergences=fused, **options)
+
+
+BACKENDS = {"eager": _eager, "streamed": streamed.linear_divergence, "triton": _triton}
 
 
 def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V, D] -> [N, V]

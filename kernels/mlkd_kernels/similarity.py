@@ -1,11 +1,13 @@
 """How the sample-to-sample similarities of teacher and student differ, over the global batch."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose
+from mlkd_kernels._backend import choose, type_lacks
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices, total
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, widen
 from mlkd_kernels.streamed import similarity as streamed
@@ -59,14 +61,13 @@ def similarity_kl(
     _check_samples(student, teacher)
     keep = keep_or_all(mask, student, 1)
     samples = global_samples(student, group)
-    small = choose(backend, student, triton_lacks=NO_KERNEL) == "eager" or is_small(
-        len(student), samples
-    )
-    run = _kl if small else streamed.similarity_kl
+    chosen = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
+    if backend != "triton" and is_small(len(student), samples):
+        chosen = "eager"
     scales = [(1.0 if normalize else x.shape[1] ** -0.5) / temperature for x in (student, teacher)]
     if mask is not None:
         student, teacher = drop_masked(student, keep), drop_masked(teacher, keep)
-    return run(
+    return KL[chosen](
         _vectors(student, normalize),
         _vectors(teacher.detach(), normalize),
         None if mask is None else keep,
@@ -95,6 +96,16 @@ def _kl(
     student_scores = gram(student, gather(student, group), student_scale)
     teacher_scores = gram(teacher, gather(teacher, group), teacher_scale)
     return row_kl(teacher_scores, student_scores, allowed)
+
+
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.row_kl import FUSED
+
+    return streamed.similarity_kl(*tensors, ops=FUSED, **options)
+
+
+KL = {"eager": _kl, "streamed": streamed.similarity_kl, "triton": _triton}
 
 
 def _mse(

@@ -46,6 +46,22 @@ TILES: dict[str, dict[int, list[tuple[int, Tile]]]] = {
 }
 
 
+# Columns: two rows of them and what is made of them lie in the registers of eight warps.
+WIDEST_ROW = 4096
+
+
+@dataclass(frozen=True)
+class RowTile:
+    block: int  # columns of a row that a program holds at a time
+    warps: int
+
+
+def row_tile(columns: int) -> RowTile:
+    """For kernels that walk along rows: a short row fits one block, a warp takes 256 columns."""
+    block = min(max(triton.next_power_of_2(columns), 32), WIDEST_ROW)
+    return RowTile(block, min(max(block // 256, 1), 8))
+
+
 # A head's width is held in two parts whose sizes are powers of two, the second perhaps 0: 96 is
 # 64 + 32 and not 128. No part is below 16, the least that tensor cores multiply.
 @triton.constexpr_function
