@@ -458,20 +458,6 @@ def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     assert kept and max(x.numel() for x in kept) <= 2 * LENGTH * 12
 
 
-def test_compiled_callers_do_not_crash() -> None:
-    function, student = relation(MASKS["right"])
-    expected = results(function, "streamed", [student])
-
-    def caller(s: Tensor, backend: str) -> Tensor:
-        return function(s.sin().asin(), backend=backend) * 2.0
-
-    compiled = torch.compile(caller, backend="eager")
-    expected = results(caller, "streamed", [student / 4])
-    found = results(compiled, "streamed", [student / 4])
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-
-
 GROUPED = {
     "similarity_mse": similarity_mse,
     "similarity_mse plain": lambda s, t, group, **_: similarity_mse(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, type_lacks
+from mlkd_kernels._dispatch import Operation, not_traced
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, widen
 from mlkd_kernels.streamed import contrastive as streamed
@@ -57,7 +58,11 @@ def info_nce(
     scores = 2 * len(student), 2 * global_samples(student, group)
     if backend != "triton" and is_small(*scores):
         chosen = "eager"
-    return BACKENDS[chosen](student, teacher, keep, labels, 1 / temperature, group)
+    given = student, teacher, keep, labels
+    if group is None:
+        return OPERATION(chosen, *given, scale=1 / temperature)
+    run = not_traced(OPERATION.backends[chosen])
+    return run(*given, scale=1 / temperature, group=group)
 
 
 def _eager(
@@ -66,7 +71,7 @@ def _eager(
     keep: Tensor,  # [n] bool
     labels: Tensor | None,  # [n]
     scale: float,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [n]
     others, positives = _partners(keep, labels, own_indices(student, group), group)
     everyone = torch.cat([gather(student, group), gather(teacher, group)])
@@ -83,7 +88,7 @@ def _streamed(
     keep: Tensor,  # [n] bool
     labels: Tensor | None,  # [n]
     scale: float,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
     ops: streamed.ContrastOps = streamed.PLAIN,
 ) -> Tensor:  # [n]
     partners = streamed.Partners(
@@ -97,14 +102,20 @@ def _streamed(
     return streamed.info_nce(student, teacher, *everyone, partners, scale, ops)
 
 
-def _triton(*given: Any) -> Tensor:
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
     # Imported here since triton need not be installed.
     from mlkd_kernels.triton.contrastive import FUSED
 
-    return _streamed(*given, FUSED)
+    return _streamed(*tensors, **options, ops=FUSED)
 
 
-BACKENDS = {"eager": _eager, "streamed": _streamed, "triton": _triton}
+OPERATION = Operation(
+    "info_nce",
+    {"eager": _eager, "streamed": _streamed, "triton": _triton},
+    "Tensor student, Tensor teacher, Tensor keep, Tensor? labels, float scale",
+    leaves=1,
+    like=lambda student, *_, **__: student.new_empty(len(student)),
+)
 
 
 def _partners(

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, type_lacks
-from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, wide_type
 from mlkd_kernels.streamed import linear_divergence as streamed
 from mlkd_kernels.streamed.linear_divergence import Head
 
@@ -63,24 +64,23 @@ def linear_divergence(
     _check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
     if kind != "cross_entropy":
         _check_vocabularies(student_weight, teacher_weight)
-    heads = [
-        _head(name, scale, soft_cap, temperature)
-        for name, scale, soft_cap in (
-            ("student", student_logit_scale, student_soft_cap),
-            ("teacher", teacher_logit_scale, teacher_soft_cap),
-        )
-    ]
+    _check_head("student", student_logit_scale, student_soft_cap)
+    _check_head("teacher", teacher_logit_scale, teacher_soft_cap)
     given = student_hidden, student_weight, teacher_hidden, teacher_weight
     lacks = type_lacks(*(x.dtype for x in given if x is not None))
-    return BACKENDS[choose(backend, student_hidden, triton_lacks=lacks)](
+    return OPERATION(
+        choose(backend, student_hidden, triton_lacks=lacks),
         *given,
         _keep(row_weight, labels),
+        None if row_weight is None else row_weight.detach(),
+        labels,
         kind=kind,
         beta=beta,
-        row_weight=None if row_weight is None else row_weight.detach(),
-        labels=labels,
-        student_head=heads[0],
-        teacher_head=heads[1],
+        temperature=temperature,
+        student_scale=student_logit_scale,
+        student_cap=student_soft_cap,
+        teacher_scale=teacher_logit_scale,
+        teacher_cap=teacher_soft_cap,
     )
 
 
@@ -90,14 +90,19 @@ def _eager(
     teacher_hidden: Tensor | None,  # [N, E]
     teacher_weight: Tensor | None,  # [V, E]
     keep: Tensor | None,  # [N] bool, None where all rows count
+    row_weight: Tensor | None,  # [N]
+    labels: Tensor | None,  # [N]
     *,
     kind: str,
     beta: float,
-    row_weight: Tensor | None,  # [N]
-    labels: Tensor | None,  # [N]
-    student_head: Head,
-    teacher_head: Head,
+    temperature: float,
+    student_scale: float,
+    student_cap: float | None,
+    teacher_scale: float,
+    teacher_cap: float | None,
 ) -> Tensor:  # scalar
+    student_head = Head(student_scale, student_cap, temperature)
+    teacher_head = Head(teacher_scale, teacher_cap, temperature)
     keep = keep_or_all(keep, student_hidden, 1)
     student = _logits(drop_masked(student_hidden, keep), student_weight, student_head)
     if kind == "cross_entropy":
@@ -117,7 +122,16 @@ def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
     return streamed.linear_divergence(*tensors, divergences=fused, **options)
 
 
-BACKENDS = {"eager": _eager, "streamed": streamed.linear_divergence, "triton": _triton}
+OPERATION = Operation(
+    "linear_divergence",
+    {"eager": _eager, "streamed": streamed.linear_divergence, "triton": _triton},
+    "Tensor student_hidden, Tensor student_weight, Tensor? teacher_hidden, Tensor? teacher_weight, "
+    "Tensor? keep, Tensor? row_weight, Tensor? labels, str kind, float beta, float temperature, "
+    "float student_scale, float? student_cap, float teacher_scale, float? teacher_cap",
+    leaves=2,
+    like=lambda *tensors, **_: tensors[0].new_empty((), dtype=wide_type(*tensors[:4])),
+    scalar=True,
+)
 
 
 def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V, D] -> [N, V]
@@ -127,11 +141,10 @@ def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V
     return (logits / head.soft_cap).tanh() * (head.soft_cap / head.temperature)
 
 
-def _head(name: str, scale: float, soft_cap: float | None, temperature: float) -> Head:
+def _check_head(name: str, scale: float, soft_cap: float | None) -> None:
     check_positive(f"{name}_logit_scale", scale)
     if soft_cap is not None:
         check_positive(f"{name}_soft_cap", soft_cap)
-    return Head(scale, soft_cap, temperature)
 
 
 def _keep(row_weight: Tensor | None, labels: Tensor | None) -> Tensor | None:  # -> [N] bool

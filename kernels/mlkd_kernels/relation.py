@@ -5,7 +5,16 @@ from typing import Any
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, head_lacks, type_lacks
-from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import (
+    check_positive,
+    drop_masked,
+    gram,
+    keep_or_all,
+    row_kl,
+    token_pairs,
+    wide_type,
+)
 from mlkd_kernels.streamed import relation as streamed
 from mlkd_kernels.streamed.blocks import is_small
 
@@ -49,7 +58,7 @@ def relation_kl(
     backend = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
     if backend == "streamed" and _keeping_is_cheaper(student, teacher, heads):
         backend = "eager"
-    return BACKENDS[backend](student, teacher, keep, **options)
+    return OPERATION(backend, student, teacher, keep, **options)
 
 
 def eager(
@@ -103,4 +112,16 @@ def _triton(
     return streamed.relation_kl(student, teacher, keep, heads=heads, ops=FUSED, **options)
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.relation_kl, "triton": _triton}
+def _like(student: Tensor, teacher: Tensor, keep: Tensor | None, *, heads: int, **_: Any) -> Tensor:
+    batch, length = student.shape[:2]
+    return student.new_empty(batch, heads, length, dtype=wide_type(student, teacher))
+
+
+OPERATION = Operation(
+    "relation_kl",
+    {"eager": eager, "streamed": streamed.relation_kl, "triton": _triton},
+    "Tensor student, Tensor teacher, Tensor? keep, int heads, bool causal, float student_scale, "
+    "float teacher_scale",
+    leaves=1,
+    like=_like,
+)

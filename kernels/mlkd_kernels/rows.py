@@ -12,6 +12,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wide_type(*tensors: Tensor | None) -> torch.dtype:
+    """fp32, or float64 where one of them is."""
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
 def gram(
     left: Tensor, right: Tensor, scale: float
 ) -> Tensor:  # [..., M, D], [..., N, D] -> [..., M, N]

@@ -3,12 +3,10 @@
 from torch import Tensor
 
 from mlkd_kernels.rows import drop_masked
-from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.tokens import token_limits
 
 
-@not_traced
 def attention_kl(
     student_query: Tensor,  # [B, H, L, ds]
     student_key: Tensor,  # [B, Hkv, L, ds]

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from mlkd_kernels.rows import full_precision
 from mlkd_kernels.streamed.blocks import Block, blocks, shaped
-from mlkd_kernels.streamed.compiled import not_traced
 
 
 class Partners(NamedTuple):
@@ -64,7 +63,6 @@ def slope(scores: Tensor, grad: Tensor, partners: Partners, side: int, rows: sli
 PLAIN = ContrastOps(losses, slope)
 
 
-@not_traced
 def info_nce(
     student: Tensor,  # [n, D], 0 where masked, normalised where that is wanted
     teacher: Tensor,  # [n, D]

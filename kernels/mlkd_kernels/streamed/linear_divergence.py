@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from mlkd_kernels.rows import drop_masked, full_precision
 from mlkd_kernels.streamed.blocks import on_cpu
-from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.divergence import KINDS, cross_entropy
 from mlkd_kernels.streamed.products import add_product, factor, put_product
 
@@ -86,20 +85,22 @@ def plain(
     return rows, found
 
 
-@not_traced
 def linear_divergence(
     student_hidden: Tensor,  # [N, D]
     student_weight: Tensor,  # [V, D]
     teacher_hidden: Tensor | None,  # [N, E]
     teacher_weight: Tensor | None,  # [V, E]
     keep: Tensor | None,  # [N] bool, None where all rows count
+    row_weight: Tensor | None,  # [N]
+    labels: Tensor | None,  # [N]
     *,
     kind: str,
     beta: float,
-    row_weight: Tensor | None,  # [N]
-    labels: Tensor | None,  # [N]
-    student_head: Head,
-    teacher_head: Head,
+    temperature: float,
+    student_scale: float,
+    student_cap: float | None,
+    teacher_scale: float,
+    teacher_cap: float | None,
     divergences: Divergences = plain,
 ) -> Tensor:  # scalar
     if kind == "cross_entropy":
@@ -115,9 +116,13 @@ def linear_divergence(
     for x in matrices:
         wide = wide if x is None else torch.promote_types(wide, x.dtype)
     weight = None if row_weight is None else row_weight.to(wide)
-    options = Options(kind, beta, weight, labels, teacher_head.cap, student_head.cap)
+    heads = (
+        Head(student_scale, student_cap, temperature),
+        Head(teacher_scale, teacher_cap, temperature),
+    )
+    options = Options(kind, beta, weight, labels, heads[1].cap, heads[0].cap)
     # Inside a Function autograd does not say whether gradients are wanted at all.
-    heads, with_grad = (student_head, teacher_head), torch.is_grad_enabled()
+    with_grad = torch.is_grad_enabled()
     return _LinearDivergence.apply(*matrices, wide, heads, options, divergences, with_grad)
 
 

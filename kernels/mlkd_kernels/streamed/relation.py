@@ -3,13 +3,11 @@
 from torch import Tensor
 
 from mlkd_kernels.rows import drop_masked
-from mlkd_kernels.streamed.compiled import not_traced
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.row_ops import PLAIN, RowOps
 from mlkd_kernels.streamed.tokens import token_limits
 
 
-@not_traced
 def relation_kl(
     student: Tensor,  # [B, L, R*ds]
     teacher: Tensor,  # [B, L, R*dt]
