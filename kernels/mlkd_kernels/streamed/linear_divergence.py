@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.rows import drop_masked, full_precision
+from mlkd_kernels.rows import drop_masked, full_precision, wide_type
 from mlkd_kernels.streamed.blocks import on_cpu
 from mlkd_kernels.streamed.divergence import KINDS, cross_entropy
-from mlkd_kernels.streamed.products import add_product, factor, put_product
+from mlkd_kernels.streamed.products import add_product, factors, put_product
 
 # Enough rows to keep the products thick; the buffers are the only memory that grows with V.
 CPU_TOKENS = 128
@@ -112,9 +112,7 @@ def linear_divergence(
         rows = _kept(keep, *rows)
     student_hidden, teacher_hidden, row_weight, labels = rows
     matrices = student_hidden, student_weight, teacher_hidden, teacher_weight
-    wide = torch.float32
-    for x in matrices:
-        wide = wide if x is None else torch.promote_types(wide, x.dtype)
+    wide = wide_type(*matrices)
     weight = None if row_weight is None else row_weight.to(wide)
     heads = (
         Head(student_scale, student_cap, temperature),
@@ -158,8 +156,8 @@ class _LinearDivergence(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:  # scalar
         given = student_hidden, student_weight
-        hidden, weight = _factors(*given, wide)
-        others = None if teacher_hidden is None else _factors(teacher_hidden, teacher_weight, wide)
+        hidden, weight = factors(*given, wide)
+        others = None if teacher_hidden is None else factors(teacher_hidden, teacher_weight, wide)
         grads = [
             torch.zeros_like(x, dtype=wide) if with_grad and needed else None
             for x, needed in zip(given, ctx.needs_input_grad[:2], strict=True)
@@ -200,12 +198,6 @@ class _LinearDivergence(torch.autograd.Function):
 def _saved(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     # fp16 has no room for a gradient that the upstream one has not scaled yet.
     return grad if grad is None or dtype == torch.float16 else grad.to(dtype)
-
-
-def _factors(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    if hidden.dtype != weight.dtype:
-        return hidden.to(wide), weight.to(wide)
-    return factor(hidden, wide), factor(weight, wide)
 
 
 def _in_units(options: Options, hidden: Tensor) -> tuple[Options, Tensor | None]:

@@ -6,9 +6,12 @@ from torch import Tensor
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
-def factor(x: Tensor, wide: torch.dtype) -> Tensor:
-    """`x` as it enters a product: widened where the device cannot sum 16 bit products in fp32."""
-    return x if multiplies_16_bits(x) and wide == torch.float32 else x.to(wide)
+def factors(left: Tensor, right: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both as they enter a product: widened where the device cannot sum 16 bit products in fp32,
+    or where they differ."""
+    if left.dtype == right.dtype and wide == torch.float32 and multiplies_16_bits(left):
+        return left, right
+    return left.to(wide), right.to(wide)
 
 
 def multiplies_16_bits(x: Tensor) -> bool:

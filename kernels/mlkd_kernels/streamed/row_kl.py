@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.rows import full_precision
+from mlkd_kernels.rows import full_precision, wide_type
 from mlkd_kernels.streamed.blocks import Block, blocks, shaped
-from mlkd_kernels.streamed.products import add_product, factor, multiplies_16_bits, put_product
+from mlkd_kernels.streamed.products import add_product, factors, multiplies_16_bits, put_product
 from mlkd_kernels.streamed.row_ops import PLAIN, Limits, RowOps
 
 # Half of fp16's range: what a kernel of 16 bits may make of the largest upstream gradient.
@@ -59,11 +59,12 @@ def row_kl(
     ops: RowOps = PLAIN,
 ) -> Tensor:  # [H, M]
     """KL(P_i || Q_i), P_i = softmax_j(scale <query_i, key_j>), Q_i the student's likewise."""
-    vectors = student_query, student_key, teacher_query, teacher_key
-    wide = torch.float32
-    for x in (student_query, teacher_query):
-        wide = torch.promote_types(wide, x.dtype)
-    vectors = [None if x is None else factor(x, wide) for x in vectors]
+    vectors = [student_query, student_key, teacher_query, teacher_key]
+    wide = wide_type(*vectors)
+    for i in (0, 2):
+        query, key = vectors[i : i + 2]
+        query, found = factors(query, query if key is None else key, wide)
+        vectors[i : i + 2] = query, None if key is None else found
     return _RowKL.apply(*vectors, wide, scales, limits, ops)
 
 
