@@ -89,7 +89,7 @@ def divergence_rows(
     student,
     labels,
     weight,
-    rows,
+    out,
     slope,
     vocabulary,
     line,
@@ -99,7 +99,7 @@ def divergence_rows(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """rows = the divergence, slope = weight times its gradient by the products before any cap.
+    """out = the divergence, slope = weight times its gradient by the products before any cap.
 
     A row of weight 0 is not read. `slope` None: no gradient is wanted.
     """
@@ -150,7 +150,7 @@ def divergence_rows(
             found, u, q = terms(t - t_lse, s - s_lse, beta, KIND)
             value += tl.sum(found, 0)
             mean += tl.sum(q * u, 0)
-    tl.store(rows + index, value)
+    tl.store(out + index, value)
     if slope is not None:
         for first in range(0, vocabulary, BLOCK):
             at = first + tl.arange(0, BLOCK)
