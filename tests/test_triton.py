@@ -6,6 +6,7 @@ Not bf16, whose products the interpreter gets wrong, and no races, registers or 
 import importlib.util
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -351,3 +352,19 @@ def check_refused() -> None:
 
 def test_what_is_not_supported_says_so(interpreted: Callable) -> None:
     interpreted(check_refused)
+
+
+def check_tuned(folder: str) -> None:
+    from mlkd_kernels.triton import _tiles
+
+    _tiles.TUNED = Path(folder)
+    table = {name: dict(sizes) for name, sizes in _tiles.TILES.items()}
+    table["forward"][2] = [(64, _tiles.Tile(16, 16, 1, 1)), (512, _tiles.Tile(32, 16, 2, 1))]
+    _tiles.write(table, _tiles.tuned_path("NVIDIA  Some GPU (80GB)"))
+    assert _tiles.tuned("nvidia some-gpu 80GB") == table
+    assert _tiles.tuned("another") is None
+    assert _tiles.tiles_of(None) is _tiles.TILES
+
+
+def test_a_device_has_tiles_of_its_own(interpreted: Callable, tmp_path: Path) -> None:
+    interpreted(check_tuned, str(tmp_path))
