@@ -40,6 +40,7 @@ def linear_divergence(
     teacher_soft_cap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    truncate: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # scalar
     """Sum over rows of row_weight times the divergence of P (teacher) and Q (student).
@@ -54,16 +55,19 @@ def linear_divergence(
         skew_reverse_kl  KL(Q || beta Q + (1 - beta) P)
         tvd              sum_v |P_v - Q_v| / 2
         cross_entropy    -log Q[label], 0 where the label is -100; reads no teacher (give None)
-    Gradients go to student_hidden and student_weight. A row of weight 0 is never read. Raises
-    ValueError for an unknown kind, unequal vocabularies or numbers of rows, beta outside (0, 1) for
-    a mixture, labels missing or given to another kind. Agarwal et al. 2024 (arXiv 2306.13649) for
-    jsd, Ko et al. 2024 (arXiv 2402.03898) for the skewed ones.
+    With `truncate` the entries that only one vocabulary has are left out of both softmaxes: of one
+    tokenizer whose heads are padded to different sizes. Gradients go to student_hidden and
+    student_weight. A row of weight 0 is never read; on a GPU it still takes its place in the
+    products, since skipping it would wait for the device: leave out such rows before the call where
+    their number is known. Raises ValueError for an unknown kind, unequal vocabularies or numbers of
+    rows, beta outside (0, 1) for a mixture, labels missing or given to another kind. Agarwal et al.
+    2024 (arXiv 2306.13649) for jsd, Ko et al. 2024 (arXiv 2402.03898) for the skewed ones.
     """
     check_positive("temperature", temperature)
     _check_kind(kind, beta, labels)
     _check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
     if kind != "cross_entropy":
-        _check_vocabularies(student_weight, teacher_weight)
+        student_weight, teacher_weight = _same_vocabulary(student_weight, teacher_weight, truncate)
     _check_head("student", student_logit_scale, student_soft_cap)
     _check_head("teacher", teacher_logit_scale, teacher_soft_cap)
     given = student_hidden, student_weight, teacher_hidden, teacher_weight
@@ -203,12 +207,18 @@ def _check_rows(rows: int, **given: Tensor | None) -> None:
             )
 
 
-def _check_vocabularies(student_weight: Tensor, teacher_weight: Tensor | None) -> None:
+def _same_vocabulary(
+    student_weight: Tensor, teacher_weight: Tensor | None, truncate: bool
+) -> tuple[Tensor, Tensor]:
     if teacher_weight is None:
         raise ValueError("no teacher is given; only kind='cross_entropy' reads none.")
+    if truncate:
+        both = min(len(student_weight), len(teacher_weight))
+        return student_weight[:both], teacher_weight[:both]
     if len(student_weight) != len(teacher_weight):
         raise ValueError(
             f"the student's vocabulary has {len(student_weight)} entries and the teacher's "
-            f"{len(teacher_weight)}; they must be the same. Cut both weights to the entries that "
-            "mean the same token in both."
+            f"{len(teacher_weight)}; they must be the same. If the same tokenizer made both and "
+            "one is only padded, truncate=True leaves the other entries out."
         )
+    return student_weight, teacher_weight
