@@ -10,7 +10,7 @@ from torch import Tensor
 from mlkd_kernels._backend import choose, type_lacks
 from mlkd_kernels._dispatch import Operation, not_traced
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices
-from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, widen
+from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all
 from mlkd_kernels.streamed import contrastive as streamed
 from mlkd_kernels.streamed.blocks import is_small
 
@@ -51,7 +51,7 @@ def info_nce(
             "samples."
         )
     keep = keep_or_all(mask, student, 1)
-    student, teacher = (drop_masked(widen(x), keep) for x in (student, teacher.detach()))
+    student, teacher = (drop_masked(x, keep) for x in (student, teacher.detach()))
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     chosen = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))

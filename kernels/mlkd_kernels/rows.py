@@ -57,7 +57,11 @@ def keep_or_all(mask: Tensor | None, like: Tensor, dims: int) -> Tensor:
 
 
 def drop_masked(x: Tensor, keep: Tensor) -> Tensor:  # [..., D], [...] -> [..., D]
-    """Zero where not kept: not even NaN in padding reaches a value or a gradient."""
+    """Zero where not kept, and wide: not even NaN in padding reaches a value or a gradient."""
+    return zero_masked(widen(x), keep)
+
+
+def zero_masked(x: Tensor, keep: Tensor) -> Tensor:  # [..., D], [...] -> [..., D]
     return torch.where(keep.unsqueeze(-1), x, 0.0)
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mlkd_kernels.rows import drop_masked
+from mlkd_kernels.rows import zero_masked
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.tokens import token_limits
 
@@ -26,5 +26,5 @@ def attention_kl(
 
 
 def _flat(x: Tensor, keep: Tensor | None) -> Tensor:  # [B, H, L, d] -> [B*H, L, d]
-    x = x if keep is None else drop_masked(x, keep[:, None])
+    x = x if keep is None else zero_masked(x, keep[:, None])
     return x.flatten(0, 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.rows import drop_masked, full_precision, wide_type
+from mlkd_kernels.rows import full_precision, wide_type, zero_masked
 from mlkd_kernels.streamed.blocks import on_cpu
 from mlkd_kernels.streamed.divergence import KINDS, cross_entropy
 from mlkd_kernels.streamed.products import add_product, factors, put_product
@@ -137,7 +137,7 @@ def _kept(
         real = keep.nonzero().squeeze(1)
         return [None if x is None else x.index_select(0, real) for x in given]
     weight = keep.to(hidden.dtype) if weight is None else torch.where(keep, weight, 0)
-    hidden, teacher = (None if x is None else drop_masked(x, keep) for x in (hidden, teacher))
+    hidden, teacher = (None if x is None else zero_masked(x, keep) for x in (hidden, teacher))
     return [hidden, teacher, weight, labels]
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mlkd_kernels.rows import drop_masked
+from mlkd_kernels.rows import zero_masked
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.row_ops import PLAIN, RowOps
 from mlkd_kernels.streamed.tokens import token_limits
@@ -29,5 +29,5 @@ def relation_kl(
 
 
 def _split(x: Tensor, keep: Tensor | None, heads: int) -> Tensor:  # [B, L, R*d] -> [B*R, L, d]
-    x = x if keep is None else drop_masked(x, keep)
+    x = x if keep is None else zero_masked(x, keep)
     return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2).flatten(0, 1)
