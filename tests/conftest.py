@@ -189,10 +189,20 @@ Launch = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable]:
-    """Calls a function in a process of its own: Triton chooses the interpreter when it is
-    imported, which no other test must notice."""
+    """Calls a function, or `each` of many cases, in processes of their own: Triton chooses the
+    interpreter when it is imported, which no other test must notice."""
     from interpreter import start_interpreter
 
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start_interpreter) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    workers = os.cpu_count()
+    with ProcessPoolExecutor(workers, context, start_interpreter) as pool:
+
+        def call(function: Callable, *args: Any, **kwargs: Any) -> None:
+            pool.submit(function, *args, **kwargs).result()
+
+        def call_each(function: Callable, cases: list[tuple]) -> None:
+            for job in [pool.submit(function, *case) for case in cases]:
+                job.result()
+
+        call.each = call_each
+        yield call

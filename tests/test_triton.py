@@ -154,14 +154,17 @@ KINDS = ("none", "right", "left", "holes", "whole")
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_whole_grid(interpreted: Callable, dtype: torch.dtype, causal: bool) -> None:
     lengths = (1, 2, 15, 16, 17, 63, 64, 65, 100, 129)
+    relations, attentions = [], []
     for i, (length, kind) in enumerate(itertools.product(lengths, KINDS)):
         widths = WIDTHS[i % 9], WIDTHS[(i * 5 + 3) % 9]
         # Twelve heads where they cost the interpreter least, and a second sequence where the first
         # is all padding.
         heads, batch = (12 if length < 17 else 1 + i % 3), (2 if kind == "whole" else 1)
-        interpreted(check_relation, dtype, length, heads, widths, causal, kind, batch)
+        relations.append((dtype, length, heads, widths, causal, kind, batch))
         groups = ((4, 4, 4), (4, 2, 1), (4, 1, 2))[i % 3]
-        interpreted(check_attention, dtype, length, groups, widths, causal, kind)
+        attentions.append((dtype, length, groups, widths, causal, kind))
+    interpreted.each(check_relation, relations)
+    interpreted.each(check_attention, attentions)
 
 
 def check_identical(dtype: torch.dtype, causal: bool, kind: str) -> None:
