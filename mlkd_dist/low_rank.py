@@ -243,10 +243,9 @@ def save(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None
         (folder / "README.md").write_text(HOW_TO_LOAD)
 
 
-HOW_TO_LOAD = """This student is stored in factors of its matrices (ranks: `mlkd_low_rank` in \
-config.json).
-Load it with `mlkd_dist.load_student(folder)`, or merge the factors into an ordinary Hugging Face
-folder with `mlkd export RUN OUT --dense`.
+HOW_TO_LOAD = """\
+This student is stored in factors of its matrices. Load it with `mlkd_dist.load_student(folder)`, or
+merge them into an ordinary Hugging Face folder with `mlkd export RUN OUT --dense`.
 """
 
 
