@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, logged, run_config
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from conftest import launch, logged, run_config, write_model
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
 import mlkd_dist
 from mlkd_dist.low_rank import merge
@@ -60,6 +65,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     )
     configs["factors-bf16"]["teacher"]["zero_stage"] = 3
     configs["factors-bf16"]["stages"] = configs["factors3"]["stages"]
+    # Joined matrices of the class Conv1D, and a head that is not factorised.
+    gpt2 = GPT2Config(
+        vocab_size=64, n_embd=48, n_layer=2, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
+    )
+    configs["factors-gpt2"] = config("factors-gpt2", student=factors | {"zero_stage": 3})
+    path = write_model(base / "gpt2", gpt2, AutoModelForSequenceClassification)
+    configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
+    configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
     configs["workers"] = config("workers", data__workers=1)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
@@ -130,6 +143,15 @@ def test_factors_train_and_are_exported_at_every_stage(runs: dict, stage: int) -
     for ours, theirs in zip(logged(config), logged(runs["factors0"]), strict=True):
         for name in (key for key in theirs if key.startswith("loss/") or key == "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_factors_of_a_decoder(runs: dict) -> None:
+    config = runs["factors-gpt2"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    assert torch.allclose(merge(student)(**inputs).logits, logits, atol=1e-5)
+    assert logged(config)[4]["loss/module_mse"] < logged(config)[2]["loss/module_mse"]
 
 
 def test_factors_train_in_half_precision(runs: dict) -> None:
