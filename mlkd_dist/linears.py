@@ -83,6 +83,22 @@ def part(name: str, role: str, output: Tensor, heads: int) -> Tensor:  # [B, L, 
     return output.chunk(len(roles), dim=-1)[index]
 
 
+class Applied:
+    """A matrix of a layer, applied to something else than in the model's own pass. A joined one is
+    asked for each of its roles in turn, and computed once."""
+
+    def __init__(self, name: str, matrix: nn.Module, heads: int):
+        self.name, self.matrix, self.heads = name, matrix, heads
+        self.given: Tensor | None = None
+        self.made: Tensor | None = None
+
+    def __call__(self, role: str, x: Tensor) -> Tensor:
+        if self.given is not x:
+            dtype = next(self.matrix.parameters()).dtype
+            self.given, self.made = x, self.matrix(x.to(dtype))
+        return part(self.name, role, self.made, self.heads)
+
+
 def sizes(matrix: nn.Module) -> tuple[int, int]:
     """Inputs and outputs; under ZeRO-3 the weight itself may lie empty."""
     if isinstance(matrix, Conv1D):

@@ -116,10 +116,7 @@ def check_low_rank(config: Config, model_class: Any) -> None:
     found = cut_config(
         read_config(config.teacher.path, trust), student.from_teacher or FromTeacherConfig()
     )
-    check_kind(config, model_class, config.teacher.path, found)
-    with torch.device("meta"):
-        model = model_class.from_config(found, trust_remote_code=trust)
-    check_plan(model, student.low_rank)
+    check_plan(check_kind(config, model_class, config.teacher.path, found), student.low_rank)
 
 
 def check_weights(run: Run, student_path: str) -> None:
@@ -178,8 +175,11 @@ def check_matrices(
             )
 
 
-def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedConfig) -> None:
-    """That transformers has this model for the task, and that it can be read."""
+def check_kind(
+    config: Config, model_class: Any, path: str, found: PreTrainedConfig
+) -> PreTrainedModel:
+    """That transformers has this model for the task, and that it can be read; returns it without
+    weights."""
     try:
         with torch.device("meta"):
             model = model_class.from_config(
@@ -191,6 +191,7 @@ def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedCon
             f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
         ) from error
     check_readable(model, path)
+    return model
 
 
 def check_classes(run: Run, student_path: str) -> None:

@@ -28,6 +28,7 @@ RUN_FILES = (
     "export",
     "export.partial",
     "export-dense",
+    "export-dense.partial",
     "projections.safetensors",
 )
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlkd_dist.linears import layer_matrices, matrices, matrix_sizes, part
+from mlkd_dist.linears import Applied, layer_matrices, matrices, matrix_sizes, part
 from mlkd_dist.roles import NAMES
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
@@ -121,20 +121,6 @@ def united(ours: dict[int, frozenset], theirs: dict[int, frozenset]) -> dict[int
     return {i: ours.get(i, frozenset()) | theirs.get(i, frozenset()) for i in ours.keys() | theirs}
 
 
-class Applied:
-    """A matrix that is applied to something else than in the model's own pass. A joined one is
-    asked for each of its parts in turn, and computes them once."""
-
-    def __init__(self, matrix: nn.Module):
-        self.matrix, self.given, self.made = matrix, None, None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.given is not x:
-            dtype = next(self.matrix.parameters()).dtype
-            self.given, self.made = x, self.matrix(x.to(dtype))
-        return self.made
-
-
 class Recorder:
     """Fills a trace while a model runs. Layers are counted as they are entered, so that shared ones
     count too."""
@@ -153,26 +139,21 @@ class Recorder:
             self.trace.embedding = args[0] if args else kwargs["hidden_states"]
         if any(of == "apply" for _, of in self.needs.matrices.get(self.index, ())):
             for name, matrix in layer_matrices(layer).items():
-                self.matrix_wanted(name, "apply", Applied(matrix))
+                applied = Applied(name, matrix, self.trace.heads)
+                self.show_matrix(name, "apply", partial(partial, applied))
 
-    def matrix_wanted(self, name: str, of: str, found: Any) -> None:
-        """Note of the matrix `name` what is asked for as `of`: its input, its output, or itself."""
+    def show_matrix(self, name: str, of: str, found: Callable[[str], Any]) -> None:
+        """Keep what is asked for of a matrix: `found` of each of its roles."""
         for role in NAMES[name]:
-            if (role, of) not in self.needs.matrices.get(self.index, ()):
-                continue
-            kept = found
-            if of == "output":
-                kept = part(name, role, found, self.trace.heads)
-            elif of == "apply":
-                kept = partial(applied_part, name, role, found, self.trace.heads)
-            seen = self.trace.layer(self.index).matrices.setdefault(role, Matrix())
-            setattr(seen, of, kept)
+            if (role, of) in self.needs.matrices.get(self.index, ()):
+                matrix = self.trace.layer(self.index).matrices.setdefault(role, Matrix())
+                setattr(matrix, of, found(role))
 
     def leave_matrix(self, name: str, _: nn.Module, args: tuple, output: Tensor) -> None:
         # Some layers fold the batch into the positions on the way.
-        shape = self.trace.mask.shape
-        self.matrix_wanted(name, "input", args[0].reshape(*shape, -1))
-        self.matrix_wanted(name, "output", output.reshape(*shape, -1))
+        given, made = (x.reshape(*self.trace.mask.shape, -1) for x in (args[0], output))
+        self.show_matrix(name, "input", lambda role: given)
+        self.show_matrix(name, "output", lambda role: part(name, role, made, self.trace.heads))
 
     def leave_layer(self, _: nn.Module, args: tuple, output: Any) -> None:
         if "hidden" in self.wanted():
@@ -201,10 +182,6 @@ class Recorder:
     def leave_base(self, _: nn.Module, args: tuple, output: Any) -> None:
         for kind in self.needs.model & set(VECTOR_READS):
             self.trace.vectors[kind] = sample_vector(output[0], self.trace.mask, kind)
-
-
-def applied_part(name: str, role: str, matrix: Applied, heads: int, x: Tensor) -> Tensor:
-    return part(name, role, matrix(x), heads)
 
 
 # The recorder of the forward pass that is running. Empty in the backward pass, so that layers which
