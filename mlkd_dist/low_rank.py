@@ -256,7 +256,13 @@ def load_student(
     that its config.json names, or `model_class`. UserError where it cannot be loaded whole."""
     config = AutoConfig.from_pretrained(resolve_path(str(path)))
     if model_class is None:
-        model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        name = (config.architectures or ["AutoModel"])[0]
+        model_class = getattr(transformers, name, None)
+        if model_class is None:
+            raise UserError(
+                f"model {str(path)!r}: transformers has no {name}, which its config.json names; "
+                f"give the class to load it as (model_class)."
+            )
     source, more = loadable(model_class, config)
     model, info = source.from_pretrained(
         resolve_path(str(path)), config=config, dtype=dtype, output_loading_info=True, **more

@@ -219,6 +219,15 @@ def test_an_ordinary_folder_loads_too(tmp_path: Path) -> None:
         mlkd_dist.load_student(teacher, AutoModelForSequenceClassification)
 
 
+def test_a_class_that_transformers_lacks_is_asked_for(tmp_path: Path) -> None:
+    path = student_of(teacher_of("Bert", tmp_path / "t"), tmp_path / "s")
+    config = json.loads((path / "config.json").read_text()) | {"architectures": ["OurOwnBert"]}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no OurOwnBert.*model_class"):
+        mlkd_dist.load_student(path)
+    assert mlkd_dist.load_student(path, AutoModel).config.architectures == ["OurOwnBert"]
+
+
 def test_a_cut_student_is_factorised_after_the_cut(tmp_path: Path) -> None:
     teacher = teacher_of("Bert", tmp_path / "t")
     cut = {"layers": [0, 2], "heads": 2, "hidden": 24}
