@@ -82,12 +82,27 @@ class FromTeacherConfig:
 
 
 @dataclass
+class LowRankConfig:
+    keep: float = 0.5
+    """Share of the numbers of all factorised matrices that their factors may have."""
+    matrices: list[str] | None = None
+    """Which of a layer's matrices: query, key, value, output, gate, up, down; default: all."""
+    embeddings: bool = False
+    """Factorise the word embeddings too; they then count in `keep`."""
+    budget: str = "ratio"
+    """ratio: the same share of each matrix. energy: ranks by the singular values of all matrices
+    together, at the same total."""
+
+
+@dataclass
 class StudentConfig:
     path: str | None = None
     """Hugging Face folder, `package:NAME/sub/path`, or hub name; or make the student with
-    from_teacher."""
+    from_teacher, low_rank or both."""
     from_teacher: FromTeacherConfig | None = None
     """Cut the student out of the teacher."""
+    low_rank: LowRankConfig | None = None
+    """Factorise the matrices of the teacher, or of what from_teacher cuts out of it."""
     dtype: str = "fp32"
     """Type of the weights in forward and backward: fp32, or bf16 with fp32 master weights."""
     zero_stage: int = 2

@@ -16,6 +16,7 @@ from transformers import (
 
 from mlkd_dist.config import UserError, resolve_path
 from mlkd_dist.engine import DTYPES, sharded_loading
+from mlkd_dist.low_rank import loadable
 from mlkd_dist.trace import TAP, check_readable
 
 
@@ -113,9 +114,10 @@ def load_model(
             f"model {path!r} caps its attention scores, which {attention} leaves out; set "
             f"attention: eager."
         )
+    source, more = loadable(model_class, config, trust_remote_code)
     with sharded_loading(zero_stage, ds_config or {}):
         try:
-            model, info = model_class.from_pretrained(
+            model, info = source.from_pretrained(
                 resolve_path(path),
                 config=copy.deepcopy(config),
                 dtype=DTYPES[dtype],
@@ -124,6 +126,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 device_map=None if weights else "meta",
                 ignore_mismatched_sizes=not weights,
+                **more,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error

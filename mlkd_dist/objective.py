@@ -10,6 +10,7 @@ micro-batches.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -64,10 +65,22 @@ class Term:
         if side == 1 and not self.schema.teacher:
             return Needs()
         reads = frozenset(self.schema.read_by(self.options))
+        if self.schema.scope == "module":
+            return Needs(
+                matrices={pair[side]: self.matrix_reads(side, reads) for pair in self.pairs}
+            )
         if self.schema.scope != "layer":
             return Needs(model=reads)
         assert reads <= set(LAYER_READS), reads
         return Needs(layers={pair[side]: reads for pair in self.pairs})
+
+    def matrix_reads(self, side: int, roles: frozenset[str]) -> frozenset[tuple[str, str]]:
+        """With the teacher's input, the student's matrices are applied once more."""
+        if self.options["input"] == "own":
+            fields = ["output"]
+        else:
+            fields = ["apply"] if side == 0 else ["input", "output"]
+        return frozenset(product(roles, fields))
 
     def projection_key(self, student_layer: int | None = None) -> str:
         shared = student_layer is None or self.options["shared_projection"]
@@ -105,7 +118,7 @@ class Objective:
         ]
 
     def pairs_of(self, name: str, options: dict[str, Any], layers: Any) -> Pairs:
-        if loss_schema(name).scope != "layer":
+        if not loss_schema(name).in_pairs:
             return []
         return layer_pairs(options["layers"] or layers, self.student.layers, self.teacher.layers)
 

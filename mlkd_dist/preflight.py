@@ -4,18 +4,23 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
-from mlkd_dist.config import Config, UserError
+from mlkd_dist.config import Config, FromTeacherConfig, UserError
 from mlkd_dist.data import prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.linears import matrix_sizes
+from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.roles import FAMILIES
 from mlkd_dist.run import Run, check_folder, class_count, on_first, user_errors
+from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.sources import read as read_source
-from mlkd_dist.trace import check_readable
+from mlkd_dist.student import cut_config
+from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_kernels import choose
 
 
@@ -74,6 +79,7 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
 
     def read_and_check() -> None:
         check_shapes_of_models(config, student_path)
+        check_low_rank(config, task.model_class)
         tokenizer, train, held_out = read()
         run = Run(config, world, task, tokenizer, train, held_out)
         if config.task.kind == "classification":
@@ -102,18 +108,31 @@ def check_shapes_of_models(config: Config, student_path: str) -> None:
     check_shapes(config, shapes.get("teacher.path"), shapes["student.path"])
 
 
+def check_low_rank(config: Config, model_class: Any) -> None:
+    """That the student has the matrices which are to be factorised, and that each has a rank."""
+    student, trust = config.student, config.trust_remote_code
+    if student.low_rank is None:
+        return
+    found = cut_config(
+        read_config(config.teacher.path, trust), student.from_teacher or FromTeacherConfig()
+    )
+    check_plan(check_kind(config, model_class, config.teacher.path, found), student.low_rank)
+
+
 def check_weights(run: Run, student_path: str) -> None:
-    """That the models' folders hold all weights, without reading them."""
+    """That the models' folders hold all weights, without reading them, and that the losses find the
+    matrices that they read."""
     config, labels = run.config, class_count(run)
     models = {student_path: config.student}
     if config.teacher.path is not None:
         models[config.teacher.path] = config.teacher
+    loaded = {}
     for path, settings in models.items():
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
         check_kind(config, run.task.model_class, path, found)
-        load_model(
+        loaded[path] = load_model(
             run.task.model_class,
             path,
             config=found,
@@ -123,10 +142,44 @@ def check_weights(run: Run, student_path: str) -> None:
             trust_remote_code=config.trust_remote_code,
             weights=False,
         )
+    for index, stage in enumerate(config.stages):
+        for name, options in stage.losses.items():
+            if loss_schema(name).scope == "module":
+                models = loaded[config.teacher.path], loaded[student_path]
+                check_matrices(f"stages[{index}].losses.{name}", options["of"], *models)
 
 
-def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedConfig) -> None:
-    """That transformers has this model for the task, and that it can be read."""
+def check_matrices(
+    where: str, of: list[str] | None, teacher: PreTrainedModel, student: PreTrainedModel
+) -> None:
+    """That both models have these matrices, of the same sizes; `of` None: all they have."""
+    theirs, ours = (matrix_sizes(layer_modules(model)[0]) for model in (teacher, student))
+    for model, found in ((teacher, theirs), (student, ours)):
+        if not found:
+            raise UserError(
+                f"{where}: the matrices of {type(model).__name__} are not known by name; use "
+                f"models like {FAMILIES}."
+            )
+        for role in of or theirs | ours:
+            if role not in found:
+                raise UserError(
+                    f"{where}.of: {type(model).__name__} has no matrix {role}; both models must "
+                    f"have what is compared, and it has {', '.join(found)}."
+                )
+    for role in of or theirs:
+        if theirs[role] != ours[role]:
+            raise UserError(
+                f"{where}: {role} maps {theirs[role][0]} to {theirs[role][1]} numbers in the "
+                f"teacher and {ours[role][0]} to {ours[role][1]} in the student; use a student "
+                f"with matrices of the same sizes (student.low_rank)."
+            )
+
+
+def check_kind(
+    config: Config, model_class: Any, path: str, found: PreTrainedConfig
+) -> PreTrainedModel:
+    """That transformers has this model for the task, and that it can be read; returns it without
+    weights."""
     try:
         with torch.device("meta"):
             model = model_class.from_config(
@@ -138,6 +191,7 @@ def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedCon
             f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
         ) from error
     check_readable(model, path)
+    return model
 
 
 def check_classes(run: Run, student_path: str) -> None:

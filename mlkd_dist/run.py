@@ -27,6 +27,8 @@ RUN_FILES = (
     "checkpoints",
     "export",
     "export.partial",
+    "export-dense",
+    "export-dense.partial",
     "projections.safetensors",
 )
 
@@ -123,9 +125,7 @@ def starting_student(config: Config, folder: Path) -> str | None:
     if student.path is not None:
         return student.path
     task = tasks.load(config.task.kind)
-    make_student(
-        task.model_class, config.teacher.path, student.from_teacher, folder / "student", trust
-    )
+    make_student(task.model_class, config.teacher.path, student, folder / "student", trust)
     return None
 
 

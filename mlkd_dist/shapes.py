@@ -145,8 +145,8 @@ def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -
     """The student to be cut, layer maps and splits, where the models are known."""
     if teacher is None or not teacher.known:
         return
-    if config.student.from_teacher is not None:
-        student = student_shape(config.student.from_teacher, teacher)
+    if config.student.path is None:
+        student = student_shape(config.student.from_teacher or FromTeacherConfig(), teacher)
     if student is not None and student.known:
         for index, stage in enumerate(config.stages):
             check_stage_on_models(f"stages[{index}]", stage, teacher, student)
@@ -155,15 +155,29 @@ def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -
 def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:
     for name, options in stage.losses.items():
         key, schema = f"{where}.losses.{name}", loss_schema(name)
-        if schema.scope == "layer":
+        if schema.in_pairs:
             own = options["layers"]
             place = where if own is None else key
             try:
                 layer_pairs(stage.layers if own is None else own, student.layers, teacher.layers)
             except ValueError as error:
                 raise UserError(f"{place}.{error}") from error
+        if schema.scope == "module":
+            check_modules(key, teacher, student)
         if "splits" in options:
             check_splits(key, schema.read_by(options), options["splits"], teacher, student)
+
+
+def check_modules(where: str, teacher: Shape, student: Shape) -> None:
+    """What matrices give is compared number by number."""
+    for what in ("hidden", "attention", "key"):
+        ours, theirs = getattr(student, what), getattr(teacher, what)
+        if ours != theirs:
+            raise UserError(
+                f"{where}: its modules are compared number by number, and the student's {what} "
+                f"width is {ours}, the teacher's {theirs}; use a student as wide as its teacher "
+                f"(student.low_rank, or from_teacher without hidden)."
+            )
 
 
 def check_splits(

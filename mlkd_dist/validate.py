@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
-from mlkd_dist.config import Config, StageConfig, UserError, nearest
+from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
+from mlkd_dist.roles import ROLES
 from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
 
@@ -225,13 +226,30 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
         stage.losses[name] = loss_options(key, schema, given)
 
 
-def check_models(config: Config) -> None:
-    if (config.student.path is None) == (config.student.from_teacher is None):
+def check_low_rank(given: LowRankConfig) -> None:
+    """Its values; whether the model has such matrices is known with the model."""
+    share("student.low_rank.keep", given.keep)
+    one_of("student.low_rank.budget", given.budget, ["ratio", "energy"])
+    if given.matrices is not None and not given.matrices:
         raise UserError(
-            f"student: give either path or from_teacher, "
-            f"{'neither' if config.student.path is None else 'both'} is given."
+            f"student.low_rank.matrices: [] is not allowed; name some of {', '.join(ROLES)}, or "
+            f"leave it out for all."
         )
-    needed = config.student.from_teacher is not None or any(
+    for role in given.matrices or []:
+        one_of("student.low_rank.matrices", role, list(ROLES))
+
+
+def check_models(config: Config) -> None:
+    student = config.student
+    made = [key for key in ("from_teacher", "low_rank") if getattr(student, key) is not None]
+    if (student.path is None) == (not made):
+        raise UserError(
+            f"student: give either path or {made[-1] if made else 'from_teacher'}, "
+            f"{'both' if made else 'neither'} is given."
+        )
+    if student.low_rank is not None:
+        check_low_rank(student.low_rank)
+    needed = bool(made) or any(
         loss_schema(name).teacher for stage in config.stages for name in stage.losses
     )
     if needed and config.teacher.path is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlkd_dist import losses, schema, trace
+from mlkd_dist.roles import ROLES
 from mlkd_dist.trace import Layer, Samples, Trace
 
 NAMES = [
@@ -24,6 +25,9 @@ NAMES = [
     "sample_relation",
     "soft_labels",
 ]
+
+# Its sides are matrices rather than tensors: see test_module_mse.py.
+ALL_NAMES = sorted([*NAMES, "module_mse"])
 
 # One full sequence, one padded right, one left, one with a hole, one that is nothing but padding.
 MASK = torch.tensor(
@@ -482,18 +486,19 @@ def options_of(name: str) -> dict[str, ast.arg]:
 
 
 def test_every_file_is_a_loss() -> None:
-    assert schema.names(schema.LOSSES) == NAMES
+    assert schema.names(schema.LOSSES) == ALL_NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_loss_can_be_read_without_importing_it(name: str) -> None:
     found = constants(name)
     assert set(found) == {"ROWS", "SCOPE", "READS", "TEACHER", "PROJECTION"}
     assert found["ROWS"] in ("token", "sample", "label")
-    assert found["SCOPE"] in ("trace", "layer", "batch")
+    assert found["SCOPE"] in ("trace", "layer", "module", "batch")
     known = {
         "trace": ("embedding", "final", "logits"),
         "layer": trace.LAYER_READS,
+        "module": ROLES,
         "batch": trace.VECTOR_READS,
     }
     assert found["READS"] and set(found["READS"]) <= set(known[found["SCOPE"]])
@@ -505,7 +510,7 @@ def test_a_loss_can_be_read_without_importing_it(name: str) -> None:
     assert parameters[0] == "student" and ("teacher" in parameters) == found["TEACHER"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_loss_imports_traces_and_kernels_only(name: str) -> None:
     for node in ast.walk(source(name)):
         if isinstance(node, ast.ImportFrom | ast.Import):

@@ -221,3 +221,22 @@ def test_sample_terms_reach_the_projection_once() -> None:
     loss.backward()
     assert torch.allclose(shares, share, atol=1e-6)
     assert torch.allclose(by_parts, weight.grad, atol=1e-6) and weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "ours", "theirs"),
+    [
+        ({"of": ["query", "up"]}, ["output"], ["output"]),
+        ({"of": ["query", "up"], "input": "teacher"}, ["apply"], ["input", "output"]),
+    ],
+)
+def test_matrices_are_kept_as_the_loss_takes_them(given: dict, ours: list, theirs: list) -> None:
+    """With the teacher's input nothing of the student's own pass is needed."""
+    losses = options({"module_mse": given | {"layers": [[1, 0]]}, "hidden_mse": {}})
+    both = Widths(STUDENT, LAYERS)
+    objective = Objective(losses, "last", both, both, "auto", World(0, 1, 0, torch.device("cpu")))
+    for side, layer, fields in ((0, 1, ours), (1, 0, theirs)):
+        needs = objective.needs(side)
+        reads = {(role, field) for role in ("query", "up") for field in fields}
+        assert needs.matrices == {layer: reads} and needs.layers == {1: {"hidden"}}
+        assert needs.depth() == 2

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, logged, run_config
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from conftest import launch, logged, run_config, write_model
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
+import mlkd_dist
+from mlkd_dist.low_rank import merge
 from mlkd_kernels import choose
 
 STAGES = [0, 1, 2, 3]
@@ -41,6 +48,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     configs["checkpointing"]["student"]["activation_checkpointing"] = "non_reentrant"
     configs["stages"] = config("stages", student__zero_stage=2, stages=two_stages, log_every=2)
     configs["embedding"] = config("embedding", task="embedding", student__zero_stage=3)
+    factors = {"low_rank": {"keep": 0.6, "budget": "energy"}, "dropout": False}
+    modules = {"module_mse": {}, "hidden_mse": {}, "attention_relation": {"of": ["query"]}}
+    local = {"module_mse": {"input": "teacher", "of": ["key", "output", "down"]}, "soft_labels": {}}
+    for stage in STAGES:
+        name = f"factors{stage}"
+        configs[name] = config(name, student=factors | {"zero_stage": stage})
+        configs[name]["stages"] = [
+            {"name": "own", "steps": 2, "losses": modules},
+            {"name": "teacher", "steps": 3, "losses": local},
+        ]
+    configs["factors3"]["student"]["activation_checkpointing"] = "non_reentrant"
+    configs["factors-bf16"] = config("factors-bf16", student=factors | {"zero_stage": 3})
+    configs["factors-bf16"]["student"]["dtype"] = configs["factors-bf16"]["teacher"]["dtype"] = (
+        "bf16"
+    )
+    configs["factors-bf16"]["teacher"]["zero_stage"] = 3
+    configs["factors-bf16"]["stages"] = configs["factors3"]["stages"]
+    # Joined matrices of the class Conv1D, and a head that is not factorised.
+    gpt2 = GPT2Config(
+        vocab_size=64, n_embd=48, n_layer=2, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
+    )
+    configs["factors-gpt2"] = config("factors-gpt2", student=factors | {"zero_stage": 3})
+    path = write_model(base / "gpt2", gpt2, AutoModelForSequenceClassification)
+    configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
+    configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
     configs["workers"] = config("workers", data__workers=1)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
@@ -89,6 +121,50 @@ def test_bf16_trains_and_exports(runs: dict, stage: int) -> None:
     ours, theirs = logged(config), logged(runs[f"zero{stage}"])
     assert ours[0]["loss/total"] == pytest.approx(theirs[0]["loss/total"], rel=0.05)
     assert ours[4]["loss/total"] < 0.8 * ours[0]["loss/total"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_factors_train_and_are_exported_at_every_stage(runs: dict, stage: int) -> None:
+    config = runs[f"factors{stage}"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert type(student).__name__ == "BertForSequenceClassification"
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    numbers = sum(p.numel() for p in student.parameters())
+    report = json.loads((folder(config) / "report.json").read_text())
+    assert report["student"]["parameters"] == report["student_before"]["parameters"] == numbers
+    # Four layers of 4 x 48 x 48 and 2 x 48 x 64 numbers at 0.6, but for a rank each at most.
+    saved = report["teacher"]["parameters"] - numbers
+    assert 0.4 * 4 * 15360 <= saved < 0.4 * 4 * 15360 + 112
+    before = mlkd_dist.load_student(folder(config) / "student")
+    assert not torch.allclose(before(**inputs).logits, logits, atol=1e-2)
+    merge(student)
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    for ours, theirs in zip(logged(config), logged(runs["factors0"]), strict=True):
+        for name in (key for key in theirs if key.startswith("loss/") or key == "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_factors_of_a_decoder(runs: dict) -> None:
+    config = runs["factors-gpt2"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    assert torch.allclose(merge(student)(**inputs).logits, logits, atol=1e-5)
+    assert logged(config)[4]["loss/module_mse"] < logged(config)[2]["loss/module_mse"]
+
+
+def test_factors_train_in_half_precision(runs: dict) -> None:
+    config = runs["factors-bf16"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert torch.allclose(student(**inputs).logits.float(), logits.float(), atol=0.05)
+    ours, theirs = logged(config), logged(runs["factors0"])
+    for step in (0, 2):
+        assert ours[step]["loss/module_mse"] == pytest.approx(
+            theirs[step]["loss/module_mse"], rel=0.1
+        )
 
 
 def test_an_export_is_an_ordinary_folder(runs: dict) -> None:

@@ -7,6 +7,7 @@ arguments, with literal defaults, are its options:
 
     ROWS        what one row is: "token", "sample" or "label"
     SCOPE       "trace": called with the Traces; "layer": with Layers, once per layer pair;
+                "module": as "layer", and it reads the Layers' matrices;
                 "batch": with the Samples of the global batch
     READS       what it reads, by the names of trace.py; with an option `of`, only what `of` names
     TEACHER     False: it reads no teacher and is called with the student's side only
