@@ -141,6 +141,26 @@ class DataConfig:
 
 
 @dataclass
+class OpenConfig:
+    rule: str = "all"
+    """Which layers' losses count: all; pid, those of one layer at a time, from the bottom up; sid,
+    the same, and those of the layers before it stay. After the last layer come the losses without
+    layers."""
+    threshold: float | None = None
+    """pid and sid: the next layer opens when the mean cls_cosine of the open ones falls below this;
+    0: never before its turn. Default 0.05 (our reading), 0 without cls_cosine."""
+    classifier: float | None = None
+    """pid and sid: share of the steps that the losses without layers get at the end; the layers get
+    equal parts of the rest. Default 1/(layers + 1)."""
+    keep_soft_labels: bool | None = None
+    """pid and sid: soft labels, and whatever loss has no layers, count from the first step on;
+    default false: in the classifier's share only."""
+    check_every: int | None = None
+    """pid and sid: steps between two looks at the threshold, each of which waits for the device;
+    default 10."""
+
+
+@dataclass
 class StageConfig:
     name: str = "distill"
     """Name in logs."""
@@ -153,6 +173,8 @@ class StageConfig:
     mlkd_dist/losses/<name>.py."""
     layers: Any = "uniform"
     """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
+    open: OpenConfig | None = None
+    """When the losses of which layers count; default: all of them at every step."""
     lr: float | None = None
     """Peak learning rate of this stage; default optim.lr."""
 

@@ -9,10 +9,13 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.data import prepare
+from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.run import Run, check_folder, class_count, on_first, user_errors
+from mlkd_dist.schedule import opening, total_steps
+from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.sources import read as read_source
 from mlkd_dist.trace import check_readable
@@ -73,8 +76,9 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         return tokenizer, train, held_out
 
     def read_and_check() -> None:
-        check_shapes_of_models(config, student_path)
+        shapes = check_shapes_of_models(config, student_path)
         tokenizer, train, held_out = read()
+        check_openings(config, world, len(train), *shapes)
         run = Run(config, world, task, tokenizer, train, held_out)
         if config.task.kind == "classification":
             check_classes(run, student_path)
@@ -84,8 +88,9 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
     return Run(config, world, task, *read())
 
 
-def check_shapes_of_models(config: Config, student_path: str) -> None:
-    """Widths, layers and positions, of hub models too."""
+def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | None, Shape | None]:
+    """Widths, layers, positions and attention maps, of hub models too; returns the shapes of
+    teacher and student."""
     shapes: dict[str, Shape] = {}
     for key, path in (("teacher.path", config.teacher.path), ("student.path", student_path)):
         if path is None:
@@ -99,7 +104,54 @@ def check_shapes_of_models(config: Config, student_path: str) -> None:
                 f"data.max_length: {config.data.max_length} is more than the {limit} tokens "
                 f"{path!r} takes; use {limit} or less."
             )
-    check_shapes(config, shapes.get("teacher.path"), shapes["student.path"])
+        check_maps(config, path, found)
+    teacher = shapes.get("teacher.path")
+    return teacher, check_shapes(config, teacher, shapes["student.path"])
+
+
+def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
+    """That a loss on attention maps would see the model's own: those that softmax makes of all
+    scores of the tokens before, or of all tokens."""
+    losses = [name for stage in config.stages for name in stage.losses]
+    name = next((name for name in losses if loss_schema(name).same_heads), None)
+    if name is None:
+        return
+    if getattr(found, "attn_logit_softcapping", None):
+        raise UserError(
+            f"losses.{name}: model {path!r} caps its attention scores, so its attention maps are "
+            f"not made of queries and keys alone; use attention_relation."
+        )
+    # What `local_attention` counts lies half before a token and half behind it.
+    both_ways = getattr(found, "local_attention", None) or 0
+    windows = [getattr(found, "sliding_window", None), both_ways // 2]
+    window = min((size for size in windows if size), default=None)
+    if window is not None and config.data.max_length > window:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} is more than the {window} tokens that "
+            f"layers of {path!r} look back, and {name} compares whole attention maps; use {window} "
+            f"or less, or attention_relation."
+        )
+
+
+def check_openings(
+    config: Config, world: World, rows: int, teacher: Shape | None, student: Shape | None
+) -> None:
+    """That a stage which opens layer after layer has a step for each."""
+    if teacher is None or student is None or not (teacher.known and student.known):
+        return
+    batch = config.batch
+    sampler = Sampler(rows, batch.micro_batch, batch.grad_accum, 0, world.size, seed=0)
+    for index, stage in enumerate(config.stages):
+        layers = {
+            ours
+            for name, options in stage.losses.items()
+            if loss_schema(name).scope == "layer"
+            for ours, _ in layer_pairs(
+                options["layers"] or stage.layers, student.layers, teacher.layers
+            )
+        }
+        steps = total_steps(stage, sampler.steps_per_epoch)
+        opening(f"stages[{index}]", stage, sorted(layers), steps)
 
 
 def check_weights(run: Run, student_path: str) -> None:

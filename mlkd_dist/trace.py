@@ -16,12 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
-# result before ("context") and after ("attention_output") the output projection, and the layer's
-# output. Of the whole model: the input of the first layer, the last hidden state, one vector per
-# sample taken from it, and the logits.
+# result before ("context") and after ("attention_output") the output projection, the layer's
+# output, and one vector per sample taken from that. Of the whole model: the input of the first
+# layer, one vector per sample of the last hidden state, and the logits.
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
-LAYER_READS = (*ATTENTION_READS, "hidden")
 VECTOR_READS = ("cls", "mean", "last")
+LAYER_READS = (*ATTENTION_READS, "hidden", *VECTOR_READS)
 MODEL_READS = ("embedding", *VECTOR_READS, "logits")
 
 TAP = "mlkd_tap_"
@@ -39,6 +39,15 @@ class Layer:
     context: Tensor | None = None  # [B, L, H*d] attention result before the output projection
     attention_output: Tensor | None = None  # [B, L, D] after the output projection
     hidden: Tensor | None = None  # [B, L, D] output of the layer
+    cls: Tensor | None = None  # [B, D] of the output, see sample_vector
+    mean: Tensor | None = None  # [B, D]
+    last: Tensor | None = None  # [B, D]
+    scale: float | None = None  # of the scores <query, key>; None is 1/sqrt(width of a head)
+    causal: bool = False  # whether a token attends to none that comes after it
+
+    def by_head(self, name: str) -> Tensor:  # -> [B, H, L, d], of keys and values [B, Hkv, L, d]
+        width = self.query.shape[-1] // self.heads
+        return getattr(self, name).unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 @dataclass
@@ -120,12 +129,27 @@ class Recorder:
             self.trace.embedding = args[0] if args else kwargs["hidden_states"]
 
     def leave_layer(self, _: nn.Module, args: tuple, output: Any) -> None:
-        if "hidden" in self.wanted():
-            self.trace.layer(self.index).hidden = output[0] if isinstance(output, tuple) else output
+        wanted, states = self.wanted(), output[0] if isinstance(output, tuple) else output
+        if "hidden" in wanted:
+            self.trace.layer(self.index).hidden = states
+        for kind in wanted & set(VECTOR_READS):
+            vector = sample_vector(states, self.trace.mask, kind)
+            setattr(self.trace.layer(self.index), kind, vector)
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: Tensor,
+        scale: float | None,
+        causal: bool,
+    ) -> None:
         """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
         wanted = self.wanted()
+        if wanted & {"query", "key"}:
+            self.trace.layer(self.index).scale = scale
+            self.trace.layer(self.index).causal = causal
         heads_last = {"query": query, "key": key, "value": value}
         found = {
             name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted
@@ -165,7 +189,9 @@ def tapped(inner: str) -> Callable[..., Any]:
             function = ALL_ATTENTION_FUNCTIONS[inner]
         context, weights = function(module, query, key, value, mask, **kwargs)
         if recorder := RECORDING.get():
-            recorder.attention(query, key, value, context)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", False) if causal is None else causal
+            recorder.attention(query, key, value, context, kwargs.get("scaling"), causal)
         return context, weights
 
     return attention
