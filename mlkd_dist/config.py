@@ -106,7 +106,7 @@ class StudentConfig:
 @dataclass
 class TaskConfig:
     kind: str = "embedding"
-    """embedding, classification or masked_lm."""
+    """embedding, classification, regression or masked_lm."""
     pooling: str | None = None
     """embedding: how a sentence vector is made: mean (default), cls or last."""
     labels: int | None = None
@@ -129,7 +129,7 @@ class DataConfig:
     text_pair: str | None = None
     """Column of the second text, for sentence pairs."""
     label: str = "label"
-    """Column of the class number, for classification."""
+    """Column of the class number, or of the number for regression."""
     max_length: int = 128
     """Tokens after which a text is cut."""
     pack: bool = False

@@ -24,7 +24,7 @@ from mlkd_dist.metrics import Metrics
 from mlkd_dist.model import quiet, read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.preflight import check_start, prepared
-from mlkd_dist.run import Run, class_count, make_folder, on_first, source
+from mlkd_dist.run import Run, class_count, headless_student, make_folder, on_first, source
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
@@ -66,8 +66,10 @@ def distill(config: Config, world: World) -> None:
     run = prepared(config, world, source(config))
     student_path = make_folder(config, world)
     evaluator = Evaluator(run)
-    # Its time is that of the student after, which is taken beside the teacher's.
-    before = evaluator(student_path, config.student.dtype, config.student.attention, timed=False)
+    # Its time is that of the student after, which is taken beside the teacher's. A student that is
+    # still to get its head says nothing yet.
+    given = (student_path, config.student.dtype, config.student.attention)
+    before = None if headless_student(run) else evaluator(*given, timed=False)
     train(run, student_path)
     report(evaluator, before)
 

@@ -224,8 +224,9 @@ class Objective:
             term.name: gathered([vectors[term.name] for vectors in student]) if student else None
             for term in self.batch_terms
         }
-        labelled = batches[0].labels is not None and batches[0].labels.ndim == 1
-        labels = gathered([batch.labels for batch in batches]) if labelled else None
+        given = batches[0].labels
+        classes = given is not None and given.ndim == 1 and not given.is_floating_point()
+        labels = gathered([batch.labels for batch in batches]) if classes else None
         keep = gathered([batch.keep.to(torch.uint8) for batch in batches]).bool()
         return Peers(ours, teacher, keep, labels)
 

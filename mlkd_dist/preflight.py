@@ -13,7 +13,14 @@ from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
-from mlkd_dist.run import Run, check_folder, class_count, on_first, user_errors
+from mlkd_dist.run import (
+    Run,
+    check_folder,
+    class_count,
+    headless_student,
+    on_first,
+    user_errors,
+)
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
@@ -80,8 +87,11 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         tokenizer, train, held_out = read()
         check_openings(config, world, len(train), *shapes)
         run = Run(config, world, task, tokenizer, train, held_out)
+        check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
+        if config.task.kind == "regression":
+            check_one_output(run, student_path)
         check_weights(run, student_path)
 
     on_first(world, user_errors(read_and_check))
@@ -171,7 +181,7 @@ def check_weights(run: Run, student_path: str) -> None:
             config=found,
             dtype="fp32",
             attention=settings.attention,
-            new_head=labels is not None,
+            new_head=labels is not None and path == student_path,
             trust_remote_code=config.trust_remote_code,
             weights=False,
         )
@@ -192,6 +202,32 @@ def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedCon
     check_readable(model, path)
 
 
+def check_head(run: Run) -> None:
+    """That a student without the task's head gets one that is trained."""
+    config = run.config
+    trains = any(loss_schema(name).rows == "label" for s in config.stages for name in s.losses)
+    if headless_student(run) and class_count(run) is not None and not trains:
+        raise UserError(
+            f"student.path: {config.student.path!r} has no head for the task {config.task.kind}, "
+            f"and no stage trains one; add the loss soft_labels or hard_labels, or use a model "
+            f"with a head."
+        )
+
+
+def check_one_output(run: Run, student_path: str) -> None:
+    """That the models say one number each."""
+    config = run.config
+    if class_count(run) is not None:
+        student_path = None
+    for path in filter(None, (config.teacher.path, student_path)):
+        found = read_config(path, config.trust_remote_code)
+        if found.num_labels != 1:
+            raise UserError(
+                f"model {path!r} has {found.num_labels} classes, and task.kind regression needs "
+                f"one output; use a model trained for it, or make one with teacher.finetune."
+            )
+
+
 def check_classes(run: Run, student_path: str) -> None:
     """That models and labels speak of the same classes."""
     config = run.config
@@ -199,10 +235,11 @@ def check_classes(run: Run, student_path: str) -> None:
     teacher = (
         read_config(config.teacher.path, config.trust_remote_code) if config.teacher.path else None
     )
-    if teacher is not None and teacher.num_labels != student.num_labels:
+    ours = class_count(run) or student.num_labels
+    if teacher is not None and teacher.num_labels != ours:
         raise UserError(
             f"teacher {config.teacher.path!r} has {teacher.num_labels} classes and student "
-            f"{student_path!r} {student.num_labels}; use models of the same task, or "
+            f"{student_path!r} {ours}; use models of the same task, or "
             f"student.from_teacher."
         )
     if teacher is not None and config.task.labels not in (None, teacher.num_labels):

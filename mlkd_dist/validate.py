@@ -223,7 +223,16 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
                 f"{key}: this loss reads logits, and the embedding task has none; remove it or "
                 f"choose another task.kind."
             )
-        stage.losses[name] = loss_options(key, schema, given)
+        stage.losses[name] = options = loss_options(key, schema, given)
+        if options.get("positives") == "label" and task != "classification":
+            raise UserError(
+                f"{key}.positives: label needs classes, and the task {task} has none; use sample "
+                f"or auto."
+            )
+        if options.get("label_smoothing") and task == "regression":
+            raise UserError(
+                f"{key}.label_smoothing: a regression has no classes to smooth over; remove it."
+            )
     if stage.open is not None:
         check_open(where, stage.open, list(stage.losses))
 

@@ -80,11 +80,14 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     classes = {
         "embedding": AutoModel,
         "classification": AutoModelForSequenceClassification,
+        "regression": AutoModelForSequenceClassification,
         "masked_lm": AutoModelForMaskedLM,
     }
     return {
-        task: write_model(folder / task, BertConfig(**BERT, num_labels=3), model_class)
-        for task, model_class in classes.items()
+        task: write_model(
+            folder / task, BertConfig(**BERT, num_labels=1 if task == "regression" else 3), kind
+        )
+        for task, kind in classes.items()
     }
 
 
@@ -100,7 +103,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         with path.open("w") as file:
             for i in range(rows):
                 words = draw.choices(WORDS, k=draw.choice([1, 2, 5, 40]))
-                file.write(json.dumps({"text": " ".join(words), "label": i % 3}) + "\n")
+                row = {"text": " ".join(words), "label": i % 3}
+                # For pairs of texts, and for regression.
+                row |= {"other": " ".join(words[:-4:-1]), "score": len(words) / 8 - i % 3}
+                file.write(json.dumps(row) + "\n")
         return str(path)
 
     return {"train": write("train.jsonl", 17), "validation": write("validation.jsonl", 7)}
@@ -110,6 +116,8 @@ LOSSES = {
     "embedding_relation": {},
     "attention_relation": {"of": ["context", "query", "key", "value"], "splits": 2},
     "hidden_mse": {},
+    "embedding_mse": {},
+    "cls_cosine": {"of": "mean"},
     "sample_relation": {"of": "mean", "normalize": True, "temperature": 0.05},
     "sample_contrast": {"of": "mean"},
 }

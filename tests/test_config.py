@@ -278,6 +278,16 @@ REFUSED: dict[str, list[str]] = {
     OF_NOTHING + "[]": ["of: []", "a list of names"],
     "stages[1].losses.sample_relation.of=[cls]": ["of: ['cls']", "give a name"],
     "stages[1].losses.sample_relation.of=max": ["of: 'max'", "cls, mean, last"],
+    "task.kind=regression stages[1].losses.sample_contrast.positives=label": [
+        "sample_contrast.positives",
+        "regression has none",
+        "use sample",
+    ],
+    "task.kind=regression stages[0].losses.hard_labels.label_smoothing=0.1": [
+        "label_smoothing",
+        "no classes",
+    ],
+    "task.kind=regression": [],
     "stages[1].losses.sample_contrast.positives=all": ["positives: 'all'", "auto, label, sample"],
     "data.pack=true": ["data.pack: true", "use false"],
     "data.validation_fraction=1": ["data.validation_fraction: 1", "between 0 and 1"],

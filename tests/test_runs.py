@@ -42,6 +42,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     configs["stages"] = config("stages", student__zero_stage=2, stages=two_stages, log_every=2)
     configs["embedding"] = config("embedding", task="embedding", student__zero_stage=3)
     configs["workers"] = config("workers", data__workers=1)
+    configs["pairs"] = config("pairs", data__text_pair="other")
+    configs["regression"] = config("regression", "regression", data__text_pair="other")
+    configs["regression"]["data"]["label"] = "score"
+    # Four layers of the teacher's width, and no head.
+    headless = {"path": str(teachers["embedding"]), "zero_stage": 3}
+    configs["headless"] = config("headless", student=headless)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
 
@@ -89,6 +95,39 @@ def test_bf16_trains_and_exports(runs: dict, stage: int) -> None:
     ours, theirs = logged(config), logged(runs[f"zero{stage}"])
     assert ours[0]["loss/total"] == pytest.approx(theirs[0]["loss/total"], rel=0.05)
     assert ours[4]["loss/total"] < 0.8 * ours[0]["loss/total"]
+
+
+def test_pairs_of_texts_reach_the_model_as_pairs(runs: dict) -> None:
+    inputs, logits = trained(runs["pairs"])
+    # [CLS] one [SEP] other [SEP]
+    assert all(row.count(3) == 2 for row in inputs["input_ids"].tolist())
+    assert inputs["token_type_ids"].max() == 1
+    model = AutoModelForSequenceClassification.from_pretrained(folder(runs["pairs"]) / "export")
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+
+
+def test_a_regression_learns_numbers(runs: dict) -> None:
+    rows = logged(runs["regression"])
+    for term in ("hard_labels", "soft_labels"):
+        assert rows[-1][f"loss/{term}"] < 0.9 * rows[0][f"loss/{term}"]
+    report = json.loads((folder(runs["regression"]) / "report.json").read_text())
+    assert set(report["student"]["quality"]) == {"pearson", "spearman"}
+    assert set(report["student"]["agreement"]) == {"pearson", "spearman", "mse"}
+    assert report["student"]["agreement"]["mse"] < report["student_before"]["agreement"]["mse"]
+    export = AutoModelForSequenceClassification.from_pretrained(
+        folder(runs["regression"]) / "export"
+    )
+    assert export.config.num_labels == 1
+
+
+def test_a_student_without_a_head_gets_that_of_its_teacher(runs: dict) -> None:
+    inputs, logits = trained(runs["headless"])
+    path = folder(runs["headless"])
+    model = AutoModelForSequenceClassification.from_pretrained(path / "export")
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+    assert model.config.num_labels == 3 and model.config.num_hidden_layers == 4
+    report = json.loads((path / "report.json").read_text())
+    assert "student_before" not in report and "kl" in report["student"]["agreement"]
 
 
 def test_an_export_is_an_ordinary_folder(runs: dict) -> None:
