@@ -106,11 +106,14 @@ class StudentConfig:
 @dataclass
 class TaskConfig:
     kind: str = "embedding"
-    """embedding, classification, regression or masked_lm."""
+    """embedding, classification, regression, question_answering or masked_lm."""
     pooling: str | None = None
     """embedding: how a sentence vector is made: mean (default), cls or last."""
     labels: int | None = None
     """classification: number of classes; default: that of the teacher's head."""
+    stride: int | None = None
+    """question_answering: tokens by which two windows of a long passage overlap; default a third of
+    data.max_length."""
     mask_probability: float | None = None
     """masked_lm: share of the tokens that are hidden (default 0.15)."""
 
@@ -127,9 +130,10 @@ class DataConfig:
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None
-    """Column of the second text, for sentence pairs."""
+    """Column of the second text, for sentence pairs; for question_answering, of the passage."""
     label: str = "label"
-    """Column of the class number, or of the number for regression."""
+    """Column of the class number; for regression, of the number; for question_answering, of the
+    answers {"text": [...], "answer_start": [...]}."""
     max_length: int = 128
     """Tokens after which a text is cut."""
     pack: bool = False

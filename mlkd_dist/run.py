@@ -30,6 +30,8 @@ RUN_FILES = (
     "export.partial",
     "projections.safetensors",
 )
+# Outputs of the heads whose task leaves no choice: a number; the start and the end of a span.
+FIXED_HEADS = {"regression": 1, "question_answering": 2}
 
 
 @dataclass
@@ -52,13 +54,13 @@ def class_count(run: Run) -> int | None:
     """Outputs of a new head for the student: of one that is trained on labels alone, or that comes
     without a head to a teacher; None where it must have its head already."""
     config = run.config
-    if config.task.kind not in ("classification", "regression"):
+    if config.task.kind not in ("classification", *FIXED_HEADS):
         return None
     if config.teacher.path is not None:
         teacher = read_config(config.teacher.path, config.trust_remote_code)
         return teacher.num_labels if headless_student(run) else None
-    if config.task.kind == "regression":
-        return 1
+    if config.task.kind in FIXED_HEADS:
+        return FIXED_HEADS[config.task.kind]
     return config.task.labels or max(run.train["labels"]) + 1
 
 

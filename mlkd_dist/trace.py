@@ -70,7 +70,7 @@ class Trace:
     embedding: Tensor | None = None  # [B, L, D] what enters the first layer
     layers: dict[int, Layer] = field(default_factory=dict)  # counted from 0, as in Hugging Face
     vectors: dict[str, Tensor] = field(default_factory=dict)  # [B, D] each, by name of VECTOR_READS
-    logits: Tensor | None = None  # [B, C] or [B, L, V]
+    logits: Tensor | None = None  # [B, C], [B, L, V], or of spans [B, 2, L], see logits_of
     labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
 
     def layer(self, index: int) -> Layer:
@@ -254,6 +254,15 @@ def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[No
         yield
 
 
+def logits_of(output: Any, mask: Tensor) -> Tensor:
+    """The model's logits; those of a model that finds spans are a distribution over the tokens for
+    the start and one for the end, neither of which lies in padding."""
+    if "logits" in output:
+        return output.logits
+    spans = torch.stack([output.start_logits, output.end_logits], 1)
+    return spans.masked_fill(~mask.unsqueeze(1), float("-inf"))
+
+
 def capture(
     run: Callable[..., Any],
     model: PreTrainedModel,
@@ -270,7 +279,7 @@ def capture(
     with recording(model, needs, trace):
         output = run(**{name: value for name, value in given.items() if name in taken})
     if "logits" in needs.model:
-        trace.logits = output.logits
+        trace.logits = logits_of(output, trace.mask)
     missing = [
         f"{name} of layer {i}"
         for i, reads in needs.layers.items()

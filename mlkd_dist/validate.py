@@ -15,7 +15,12 @@ from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
 TASKS = Path(__file__).parent / "tasks"
 ATTENTION = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 # Options of one task only; set for another task they would be ignored.
-TASK_OPTIONS = {"pooling": "embedding", "labels": "classification", "mask_probability": "masked_lm"}
+TASK_OPTIONS = {
+    "pooling": "embedding",
+    "labels": "classification",
+    "stride": "question_answering",
+    "mask_probability": "masked_lm",
+}
 ONE_TEXT = ["embedding", "masked_lm"]
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
@@ -176,6 +181,13 @@ def check_task(config: Config) -> None:
         raise UserError(
             f"data.text_pair: the task {config.task.kind} reads one text per row; remove it."
         )
+    if config.data.text_pair is None and config.task.kind == "question_answering":
+        raise UserError(
+            "data.text_pair: question_answering reads questions from data.text and passages from "
+            "data.text_pair; name both columns, and that of the answers as data.label."
+        )
+    if config.task.stride is not None:
+        at_least("task.stride", config.task.stride, 0)
     if config.task.pooling is not None:
         one_of("task.pooling", config.task.pooling, ["mean", "cls", "last"])
     if config.task.mask_probability is not None:
@@ -229,9 +241,9 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
                 f"{key}.positives: label needs classes, and the task {task} has none; use sample "
                 f"or auto."
             )
-        if options.get("label_smoothing") and task == "regression":
+        if options.get("label_smoothing") and task in ("regression", "question_answering"):
             raise UserError(
-                f"{key}.label_smoothing: a regression has no classes to smooth over; remove it."
+                f"{key}.label_smoothing: the task {task} has no classes to smooth over; remove it."
             )
     if stage.open is not None:
         check_open(where, stage.open, list(stage.losses))

@@ -48,6 +48,7 @@ def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)
 
 
@@ -72,6 +73,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from transformers import (
         AutoModel,
         AutoModelForMaskedLM,
+        AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
         BertConfig,
     )
@@ -81,13 +83,15 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "embedding": AutoModel,
         "classification": AutoModelForSequenceClassification,
         "regression": AutoModelForSequenceClassification,
+        "question_answering": AutoModelForQuestionAnswering,
         "masked_lm": AutoModelForMaskedLM,
     }
+    outputs = {"regression": 1, "question_answering": 2}
     return {
         task: write_model(
-            folder / task, BertConfig(**BERT, num_labels=1 if task == "regression" else 3), kind
+            folder / task, BertConfig(**BERT, num_labels=outputs.get(task, 3)), model_class
         )
-        for task, kind in classes.items()
+        for task, model_class in classes.items()
     }
 
 
