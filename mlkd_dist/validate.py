@@ -56,6 +56,11 @@ def validate(config: Config) -> None:
         )
     for index, stage in enumerate(stages):
         check_stage(f"stages[{index}]", stage, config.task.kind)
+        if config.kernels == "triton" and "attention_mse" in stage.losses:
+            raise UserError(
+                f"kernels: triton, but stages[{index}].losses.attention_mse has no Triton kernel; "
+                f"use auto, which takes the fastest there is for each loss."
+            )
     check_models(config)
 
 

@@ -161,6 +161,11 @@ REFUSED: dict[str, list[str]] = {
         "3 heads and the teacher 4",
         "a student of 4 heads",
     ],
+    "stages[1].losses={attention_mse: {}} kernels=triton": [
+        "kernels: triton",
+        "stages[1].losses.attention_mse has no Triton kernel",
+        "use auto",
+    ],
     "stages[1].losses={attention_kl: {}}": [],
     "stages[1].losses={attention_kl: {causal: true}}": ["attention_kl.causal: no such option"],
     # When layers open

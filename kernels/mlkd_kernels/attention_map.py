@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose, head_lacks
-from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels._backend import choose, head_lacks
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs, wide_type
 from mlkd_kernels.streamed import attention_map as streamed
 
 
@@ -34,8 +35,8 @@ def attention_kl(
     keep, scales = _checked(vectors, mask, student_scale, teacher_scale)
     queries = student_query, teacher_query
     lacks = head_lacks(*(x.shape[-1] for x in queries), *(x.dtype for x in queries))
-    run = BACKENDS[choose(backend, student_query, triton_lacks=lacks)]
-    return run(*vectors, keep, causal=causal, **scales)
+    backend = choose(backend, student_query, triton_lacks=lacks)
+    return KL(backend, *vectors, keep, causal=causal, **scales)
 
 
 def attention_mse(
@@ -58,9 +59,8 @@ def attention_mse(
     """
     vectors = student_query, student_key, teacher_query, teacher_key
     keep, scales = _checked(vectors, mask, student_scale, teacher_scale)
-    eager = choose(backend, student_query, triton_lacks=NO_KERNEL) == "eager"
-    run = eager_mse if eager else streamed.attention_mse
-    return run(*vectors, keep, causal=causal, **scales)
+    backend = choose(backend, student_query, triton_lacks="attention_mse has no Triton kernel")
+    return MSE(backend, *vectors, keep, causal=causal, **scales)
 
 
 def eager(
@@ -147,4 +147,26 @@ def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
     return kernel(*tensors, **options)
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton}
+def _like(student_query: Tensor, *others: Tensor | None, **_: Any) -> Tensor:
+    vectors = student_query, *others[:3]
+    return student_query.new_empty(student_query.shape[:3], dtype=wide_type(*vectors))
+
+
+SCHEMA = (
+    "Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
+    "Tensor? keep, bool causal, float student_scale, float teacher_scale"
+)
+KL = Operation(
+    "attention_kl",
+    {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton},
+    SCHEMA,
+    leaves=2,
+    like=_like,
+)
+MSE = Operation(
+    "attention_mse",
+    {"eager": eager_mse, "streamed": streamed.attention_mse},
+    SCHEMA,
+    leaves=2,
+    like=_like,
+)
