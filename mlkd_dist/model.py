@@ -46,6 +46,13 @@ def read_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         ) from error
 
 
+def lacks_head(config: PreTrainedConfig, model_class: Any) -> bool:
+    """Whether the folder of this config holds a model without the head that `model_class` has, as
+    far as the config says what it holds."""
+    head = model_class.__name__.removeprefix("AutoModel")
+    return not any(name.endswith(head) for name in config.architectures or [head])
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 

@@ -9,13 +9,22 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, FromTeacherConfig, UserError
-from mlkd_dist.data import prepare
+from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.roles import FAMILIES
-from mlkd_dist.run import Run, check_folder, class_count, on_first, user_errors
+from mlkd_dist.run import (
+    Run,
+    check_folder,
+    class_count,
+    headless_student,
+    on_first,
+    user_errors,
+)
+from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.sources import read as read_source
@@ -78,20 +87,25 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         return tokenizer, train, held_out
 
     def read_and_check() -> None:
-        check_shapes_of_models(config, student_path)
+        shapes = check_shapes_of_models(config, student_path)
         check_low_rank(config, task.model_class)
         tokenizer, train, held_out = read()
+        check_openings(config, world, len(train), *shapes)
         run = Run(config, world, task, tokenizer, train, held_out)
+        check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
+        if config.task.kind == "regression":
+            check_one_output(run, student_path)
         check_weights(run, student_path)
 
     on_first(world, user_errors(read_and_check))
     return Run(config, world, task, *read())
 
 
-def check_shapes_of_models(config: Config, student_path: str) -> None:
-    """Widths, layers and positions, of hub models too."""
+def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | None, Shape | None]:
+    """Widths, layers, positions and attention maps, of hub models too; returns the shapes of
+    teacher and student."""
     shapes: dict[str, Shape] = {}
     for key, path in (("teacher.path", config.teacher.path), ("student.path", student_path)):
         if path is None:
@@ -105,7 +119,54 @@ def check_shapes_of_models(config: Config, student_path: str) -> None:
                 f"data.max_length: {config.data.max_length} is more than the {limit} tokens "
                 f"{path!r} takes; use {limit} or less."
             )
-    check_shapes(config, shapes.get("teacher.path"), shapes["student.path"])
+        check_maps(config, path, found)
+    teacher = shapes.get("teacher.path")
+    return teacher, check_shapes(config, teacher, shapes["student.path"])
+
+
+def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
+    """That a loss on attention maps would see the model's own: those that softmax makes of all
+    scores of the tokens before, or of all tokens."""
+    losses = [name for stage in config.stages for name in stage.losses]
+    name = next((name for name in losses if loss_schema(name).same_heads), None)
+    if name is None:
+        return
+    if getattr(found, "attn_logit_softcapping", None):
+        raise UserError(
+            f"losses.{name}: model {path!r} caps its attention scores, so its attention maps are "
+            f"not made of queries and keys alone; use attention_relation."
+        )
+    # What `local_attention` counts lies half before a token and half behind it.
+    both_ways = getattr(found, "local_attention", None) or 0
+    windows = [getattr(found, "sliding_window", None), both_ways // 2]
+    window = min((size for size in windows if size), default=None)
+    if window is not None and config.data.max_length > window:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} is more than the {window} tokens that "
+            f"layers of {path!r} look back, and {name} compares whole attention maps; use {window} "
+            f"or less, or attention_relation."
+        )
+
+
+def check_openings(
+    config: Config, world: World, rows: int, teacher: Shape | None, student: Shape | None
+) -> None:
+    """That a stage which opens layer after layer has a step for each."""
+    if teacher is None or student is None or not (teacher.known and student.known):
+        return
+    batch = config.batch
+    sampler = Sampler(rows, batch.micro_batch, batch.grad_accum, 0, world.size, seed=0)
+    for index, stage in enumerate(config.stages):
+        layers = {
+            ours
+            for name, options in stage.losses.items()
+            if loss_schema(name).in_pairs
+            for ours, _ in layer_pairs(
+                options["layers"] or stage.layers, student.layers, teacher.layers
+            )
+        }
+        steps = total_steps(stage, sampler.steps_per_epoch)
+        opening(f"stages[{index}]", stage, sorted(layers), steps)
 
 
 def check_low_rank(config: Config, model_class: Any) -> None:
@@ -138,7 +199,7 @@ def check_weights(run: Run, student_path: str) -> None:
             config=found,
             dtype="fp32",
             attention=settings.attention,
-            new_head=labels is not None,
+            new_head=labels is not None and path == student_path,
             trust_remote_code=config.trust_remote_code,
             weights=False,
         )
@@ -194,6 +255,32 @@ def check_kind(
     return model
 
 
+def check_head(run: Run) -> None:
+    """That a student without the task's head gets one that is trained."""
+    config = run.config
+    trains = any(loss_schema(name).rows == "label" for s in config.stages for name in s.losses)
+    if headless_student(run) and class_count(run) is not None and not trains:
+        raise UserError(
+            f"student.path: {config.student.path!r} has no head for the task {config.task.kind}, "
+            f"and no stage trains one; add the loss soft_labels or hard_labels, or use a model "
+            f"with a head."
+        )
+
+
+def check_one_output(run: Run, student_path: str) -> None:
+    """That the models say one number each."""
+    config = run.config
+    if class_count(run) is not None:
+        student_path = None
+    for path in filter(None, (config.teacher.path, student_path)):
+        found = read_config(path, config.trust_remote_code)
+        if found.num_labels != 1:
+            raise UserError(
+                f"model {path!r} has {found.num_labels} classes, and task.kind regression needs "
+                f"one output; use a model trained for it, or make one with teacher.finetune."
+            )
+
+
 def check_classes(run: Run, student_path: str) -> None:
     """That models and labels speak of the same classes."""
     config = run.config
@@ -201,10 +288,11 @@ def check_classes(run: Run, student_path: str) -> None:
     teacher = (
         read_config(config.teacher.path, config.trust_remote_code) if config.teacher.path else None
     )
-    if teacher is not None and teacher.num_labels != student.num_labels:
+    ours = class_count(run) or student.num_labels
+    if teacher is not None and teacher.num_labels != ours:
         raise UserError(
             f"teacher {config.teacher.path!r} has {teacher.num_labels} classes and student "
-            f"{student_path!r} {student.num_labels}; use models of the same task, or "
+            f"{student_path!r} {ours}; use models of the same task, or "
             f"student.from_teacher."
         )
     if teacher is not None and config.task.labels not in (None, teacher.num_labels):

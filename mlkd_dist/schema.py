@@ -24,6 +24,7 @@ class LossSchema:
     reads: tuple[str, ...]
     teacher: bool
     projection: bool
+    same_heads: bool
     options: dict[str, tuple[str, Any]]  # name -> (annotation, default)
 
     def common(self) -> list[str]:
@@ -72,7 +73,8 @@ def loss_schema(name: str) -> LossSchema:
     known = {
         key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")
     }
-    return LossSchema(options=options, **known)
+    same_heads = constants.get("SAME_HEADS", False)
+    return LossSchema(options=options, same_heads=same_heads, **known)
 
 
 def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:

@@ -141,15 +141,17 @@ def student_shape(cut: FromTeacherConfig, teacher: Shape) -> Shape:
     return Shape(teacher.type, hidden, count, heads, width, teacher.key * hidden // teacher.hidden)
 
 
-def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> None:
-    """The student to be cut, layer maps and splits, where the models are known."""
+def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> Shape | None:
+    """The student to be cut, layer maps, heads and splits, where the models are known. Returns what
+    the student will be."""
     if teacher is None or not teacher.known:
-        return
+        return student
     if config.student.path is None:
         student = student_shape(config.student.from_teacher or FromTeacherConfig(), teacher)
     if student is not None and student.known:
         for index, stage in enumerate(config.stages):
             check_stage_on_models(f"stages[{index}]", stage, teacher, student)
+    return student
 
 
 def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:
@@ -164,6 +166,12 @@ def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, studen
                 raise UserError(f"{place}.{error}") from error
         if schema.scope == "module":
             check_modules(key, teacher, student)
+        if schema.same_heads and student.heads != teacher.heads:
+            raise UserError(
+                f"{key}: it compares head with head, and the student has {student.heads} heads and "
+                f"the teacher {teacher.heads}; use attention_relation, which cuts both anew, or a "
+                f"student of {teacher.heads} heads."
+            )
         if "splits" in options:
             check_splits(key, schema.read_by(options), options["splits"], teacher, student)
 

@@ -19,12 +19,13 @@ from mlkd_dist.linears import Applied, layer_matrices, matrices, matrix_sizes, p
 from mlkd_dist.roles import NAMES
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
-# result before ("context") and after ("attention_output") the output projection, and the layer's
-# output. Of the whole model: the input of the first layer, the last hidden state, one vector per
-# sample taken from it, and the logits. Of a layer's matrices: see roles.py.
+# result before ("context") and after ("attention_output") the output projection, the layer's
+# output, and one vector per sample taken from that. Of the whole model: the input of the first
+# layer, one vector per sample of the last hidden state, and the logits. Of a layer's matrices: see
+# roles.py.
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
-LAYER_READS = (*ATTENTION_READS, "hidden")
 VECTOR_READS = ("cls", "mean", "last")
+LAYER_READS = (*ATTENTION_READS, "hidden", *VECTOR_READS)
 MODEL_READS = ("embedding", *VECTOR_READS, "logits")
 
 TAP = "mlkd_tap_"
@@ -51,7 +52,16 @@ class Layer:
     context: Tensor | None = None  # [B, L, H*d] attention result before the output projection
     attention_output: Tensor | None = None  # [B, L, D] after the output projection
     hidden: Tensor | None = None  # [B, L, D] output of the layer
+    cls: Tensor | None = None  # [B, D] of the output, see sample_vector
+    mean: Tensor | None = None  # [B, D]
+    last: Tensor | None = None  # [B, D]
+    scale: float | None = None  # of the scores <query, key>; None is 1/sqrt(width of a head)
+    causal: bool = False  # whether a token attends to none that comes after it
     matrices: dict[str, Matrix] = field(default_factory=dict)  # by role, as in roles.py
+
+    def by_head(self, name: str) -> Tensor:  # -> [B, H, L, d], of keys and values [B, Hkv, L, d]
+        width = self.query.shape[-1] // self.heads
+        return getattr(self, name).unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 @dataclass
@@ -74,7 +84,7 @@ class Trace:
     embedding: Tensor | None = None  # [B, L, D] what enters the first layer
     layers: dict[int, Layer] = field(default_factory=dict)  # counted from 0, as in Hugging Face
     vectors: dict[str, Tensor] = field(default_factory=dict)  # [B, D] each, by name of VECTOR_READS
-    logits: Tensor | None = None  # [B, C] or [B, L, V]
+    logits: Tensor | None = None  # [B, C], [B, L, V], or of spans [B, 2, L], see logits_of
     labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
 
     def layer(self, index: int) -> Layer:
@@ -156,12 +166,27 @@ class Recorder:
         self.show_matrix(name, "output", lambda role: part(name, role, made, self.trace.heads))
 
     def leave_layer(self, _: nn.Module, args: tuple, output: Any) -> None:
-        if "hidden" in self.wanted():
-            self.trace.layer(self.index).hidden = output[0] if isinstance(output, tuple) else output
+        wanted, states = self.wanted(), output[0] if isinstance(output, tuple) else output
+        if "hidden" in wanted:
+            self.trace.layer(self.index).hidden = states
+        for kind in wanted & set(VECTOR_READS):
+            vector = sample_vector(states, self.trace.mask, kind)
+            setattr(self.trace.layer(self.index), kind, vector)
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: Tensor,
+        scale: float | None,
+        causal: bool,
+    ) -> None:
         """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
         wanted = self.wanted()
+        if wanted & {"query", "key"}:
+            self.trace.layer(self.index).scale = scale
+            self.trace.layer(self.index).causal = causal
         heads_last = {"query": query, "key": key, "value": value}
         found = {
             name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted
@@ -201,7 +226,9 @@ def tapped(inner: str) -> Callable[..., Any]:
             function = ALL_ATTENTION_FUNCTIONS[inner]
         context, weights = function(module, query, key, value, mask, **kwargs)
         if recorder := RECORDING.get():
-            recorder.attention(query, key, value, context)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", False) if causal is None else causal
+            recorder.attention(query, key, value, context, kwargs.get("scaling"), causal)
         return context, weights
 
     return attention
@@ -269,6 +296,15 @@ def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[No
         yield
 
 
+def logits_of(output: Any, mask: Tensor) -> Tensor:
+    """The model's logits; those of a model that finds spans are a distribution over the tokens for
+    the start and one for the end, neither of which lies in padding."""
+    if "logits" in output:
+        return output.logits
+    spans = torch.stack([output.start_logits, output.end_logits], 1)
+    return spans.masked_fill(~mask.unsqueeze(1), float("-inf"))
+
+
 def capture(
     run: Callable[..., Any],
     model: PreTrainedModel,
@@ -285,7 +321,7 @@ def capture(
     with recording(model, needs, trace):
         output = run(**{name: value for name, value in given.items() if name in taken})
     if "logits" in needs.model:
-        trace.logits = output.logits
+        trace.logits = logits_of(output, trace.mask)
     missing = [
         f"{name} of layer {i}"
         for i, reads in needs.layers.items()

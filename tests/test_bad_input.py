@@ -57,6 +57,10 @@ SAID = {
     "broken weights": ["cut short", "cannot be loaded"],
     "too long": ["data.max_length: 65", "64 tokens", "use 64 or less"],
     "other classes": ["3 classes", "2", "same task", "student.from_teacher"],
+    "regression with classes": ["three' has 3 classes", "regression needs one", "teacher.finetune"],
+    "a head that nobody trains": ["student.path", "no head for the task", "soft_labels or hard"],
+    "an opening too short": ["stages[0].open: 2 steps", "too few for 2 layers", "more steps"],
+    "maps of a window": ["data.max_length: 48", "16 tokens", "attention_kl", "16 or less"],
     "other class count": ["task.labels: 5", "3 classes", "remove it"],
     "head of another size": ["classifier", "3", "2", "task.labels"],
     "no mask token": ["no mask token", "masked_lm"],
@@ -96,6 +100,7 @@ def write_models(folder: Path) -> dict[str, Path]:
         BertConfig,
         ConvBertConfig,
         GPT2Config,
+        MistralConfig,
     )
 
     bert = BertConfig(**BERT, num_labels=3)
@@ -106,6 +111,7 @@ def write_models(folder: Path) -> dict[str, Path]:
         vocab_size=64, n_embd=48, n_layer=4, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
     )
     classifier = AutoModelForSequenceClassification
+    mistral = MistralConfig(**BERT, num_key_value_heads=2, sliding_window=16)
     made = {
         "three": write_model(folder / "three", bert, classifier),
         "two": write_model(folder / "two", two, classifier),
@@ -113,6 +119,7 @@ def write_models(folder: Path) -> dict[str, Path]:
         "base": write_model(folder / "base", bert, AutoModel),
         "words": write_model(folder / "words", bert, classifier, words=["other", *WORDS[1:]]),
         "convbert": write_model(folder / "convbert", convbert, AutoModel),
+        "mistral": write_model(folder / "mistral", mistral, AutoModel),
         "gpt2": write_model(folder / "gpt2", gpt2, classifier),
         "maskless": write_model(folder / "maskless", bert, AutoModelForMaskedLM),
     }
@@ -165,6 +172,10 @@ def all_configs(base: Path) -> dict[str, dict]:
         "broken weights": config("broken weights", teacher="cut short"),
         "too long": config("too long", data__max_length=65),
         "other classes": config("other classes", student=student("two")),
+        "regression with classes": config("regression with classes", task="regression"),
+        "a head that nobody trains": config("a head that nobody trains", student=student("base")),
+        "an opening too short": config("an opening too short"),
+        "maps of a window": config("maps of a window", "mistral", "embedding"),
         "other class count": config("other class count", task__labels=5),
         "head of another size": config("head of another size", student=student("two")),
         "no mask token": config("no mask token", "maskless", "masked_lm"),
@@ -211,6 +222,12 @@ def all_configs(base: Path) -> dict[str, dict]:
     configs["matrices of other sizes"]["student"] = student("slim")
     of_one_loss = {"teacher": {}, "stages": [{"steps": 1, "losses": {"hard_labels": {}}}]}
     configs["head of another size"] |= of_one_loss
+    hidden_only = {"steps": 1, "losses": {"hidden_mse": {}}}
+    configs["a head that nobody trains"]["stages"] = [hidden_only]
+    two_steps = {"steps": 2, "losses": {"hidden_mse": {}, "soft_labels": {}}}
+    configs["an opening too short"]["stages"] = [two_steps | {"open": {"rule": "sid"}}]
+    maps = {"steps": 1, "losses": {"attention_kl": {}}}
+    configs["maps of a window"] |= {"stages": [maps], "student": student("mistral")}
     embeddings = {"steps": 1, "losses": {"sample_relation": {}}}
     configs["no attention interface"] |= {"stages": [embeddings], "student": student("convbert")}
     configs["cannot be cut"]["stages"] = [{"steps": 1, "losses": {"soft_labels": {}}}]

@@ -1,13 +1,15 @@
 """Whole runs of two processes: what is exported, what is logged, what repeats."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, logged, run_config, write_model
+from conftest import WORDS, launch, logged, run_config, write_model
 from transformers import (
     AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
@@ -74,8 +76,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
     configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
     configs["workers"] = config("workers", data__workers=1)
+    configs["pairs"] = config("pairs", data__text_pair="other")
+    configs["regression"] = config("regression", "regression", data__text_pair="other")
+    configs["regression"]["data"]["label"] = "score"
+    questions = write_questions(base / "questions.jsonl")
+    spans = {"train": questions, "text": "question", "text_pair": "passage", "label": "answers"}
+    spans |= {"validation": None, "validation_fraction": 0.3, "max_length": 24}
+    configs["answers"] = config("answers", "question_answering", student__zero_stage=3)
+    configs["answers"]["data"] |= spans
+    # Four layers of the teacher's width, and no head.
+    headless = {"path": str(teachers["embedding"]), "zero_stage": 3}
+    configs["headless"] = config("headless", student=headless)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
+
+
+def write_questions(path: Path) -> str:
+    """Which word comes after this one? In passages of one and of two windows; some do not say."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for length in [10, 30] * 10:
+            words = draw.sample(WORDS, length)
+            passage, asked = " ".join(words), draw.randrange(length - 1)
+            found = words[asked + 1]
+            answers = {"text": [found], "answer_start": [f" {passage} ".index(f" {found} ")]}
+            if draw.random() < 0.3:
+                answers = {"text": [], "answer_start": []}
+            row = {"question": words[asked], "passage": passage, "answers": answers}
+            file.write(json.dumps(row) + "\n")
+    return str(path)
 
 
 def folder(config: dict) -> Path:
@@ -165,6 +194,60 @@ def test_factors_train_in_half_precision(runs: dict) -> None:
         assert ours[step]["loss/module_mse"] == pytest.approx(
             theirs[step]["loss/module_mse"], rel=0.1
         )
+
+
+def test_pairs_of_texts_reach_the_model_as_pairs(runs: dict) -> None:
+    inputs, logits = trained(runs["pairs"])
+    # [CLS] one [SEP] other [SEP]
+    assert all(row.count(3) == 2 for row in inputs["input_ids"].tolist())
+    assert inputs["token_type_ids"].max() == 1
+    model = AutoModelForSequenceClassification.from_pretrained(folder(runs["pairs"]) / "export")
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+
+
+def test_a_regression_learns_numbers(runs: dict) -> None:
+    rows = logged(runs["regression"])
+    assert rows[-1]["loss/hard_labels"] < 0.9 * rows[0]["loss/hard_labels"]
+    assert rows[-1]["loss/soft_labels"] > 0
+    path = folder(runs["regression"])
+    report = json.loads((path / "report.json").read_text())
+    assert set(report["student"]["agreement"]) == {"pearson", "spearman", "mse"}
+    # The held-out pairs one by one, without any of our code.
+    tokenizer = AutoTokenizer.from_pretrained(path / "export")
+    model = AutoModelForSequenceClassification.from_pretrained(path / "export").eval()
+    lines = Path(runs["regression"]["data"]["validation"]).read_text().splitlines()
+    found, truth = [], []
+    for row in map(json.loads, lines):
+        inputs = tokenizer(row["text"], row["other"], return_tensors="pt")
+        found.append(model(**inputs).logits.item())
+        truth.append(row["score"])
+    expected = torch.corrcoef(torch.tensor([found, truth]))[0, 1].item()
+    assert report["student"]["quality"]["pearson"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_answers_are_learned_and_measured(runs: dict) -> None:
+    inputs, starts = trained(runs["answers"])
+    model = AutoModelForQuestionAnswering.from_pretrained(folder(runs["answers"]) / "export")
+    real = inputs["attention_mask"].bool()
+    assert torch.allclose(model.eval()(**inputs).start_logits[real], starts[real], atol=1e-5)
+    rows = logged(runs["answers"])
+    assert rows[-1]["loss/hard_labels"] < 0.95 * rows[0]["loss/hard_labels"]
+    assert rows[-1]["loss/soft_labels"] > 0
+    report = json.loads((folder(runs["answers"]) / "report.json").read_text())
+    # Six of twenty rows are held out; the long ones are two windows each.
+    assert 6 < report["held_out_rows"] <= 12
+    assert set(report["student"]["quality"]) == {"em", "f1"}
+    assert 0 <= report["student"]["agreement"]["same_answer"] <= 1
+
+
+def test_a_student_without_a_head_gets_that_of_its_teacher(runs: dict) -> None:
+    inputs, logits = trained(runs["headless"])
+    path = folder(runs["headless"])
+    model = AutoModelForSequenceClassification.from_pretrained(path / "export")
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+    assert model.config.num_labels == 3 and model.config.num_hidden_layers == 4
+    report = json.loads((path / "report.json").read_text())
+    assert "student_before" not in report and "kl" in report["student"]["agreement"]
 
 
 def test_an_export_is_an_ordinary_folder(runs: dict) -> None:
