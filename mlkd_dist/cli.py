@@ -15,6 +15,7 @@ from mlkd_dist.finetune import finetune_config
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
     "finetune": "train the teacher of a config on the task's labels",
+    "bench": "time the step of each stage beside its floor, and each loss; see bench.rounds",
     "evaluate": "report on a run that is done; CONFIG may be its folder",
 }
 

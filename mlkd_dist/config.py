@@ -246,6 +246,16 @@ class BatchConfig:
 
 
 @dataclass
+class BenchConfig:
+    rounds: int = 5
+    """`mlkd bench`: how often floor, step and each loss are timed, one after the other."""
+    steps: int = 2
+    """`mlkd bench`: steps that are timed together, after one that is not."""
+    out: str | None = None
+    """`mlkd bench`: JSON file of the result; default `<run.dir>-bench.json`."""
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -256,6 +266,7 @@ class Config:
     stages: list[StageConfig] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     log_every: int = 10
     """Optimizer steps between two log lines."""
     kernels: str = "auto"

@@ -67,7 +67,7 @@ def finished(own: Config) -> bool:
     different = [
         key
         for key in ours
-        if key not in ("launch", "log_every", "run") and ours[key] != theirs[key]
+        if key not in ("bench", "launch", "log_every", "run") and ours[key] != theirs[key]
     ]
     if ours["run"]["seed"] != theirs["run"]["seed"]:
         different.append("run.seed")

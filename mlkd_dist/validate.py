@@ -100,6 +100,8 @@ def check_values(config: Config) -> None:
         ("batch.micro_batch", config.batch.micro_batch, 1),
         ("batch.grad_accum", config.batch.grad_accum, 1),
         ("batch.evaluation", config.batch.evaluation, 1),
+        ("bench.rounds", config.bench.rounds, 1),
+        ("bench.steps", config.bench.steps, 1),
         ("log_every", config.log_every, 1),
         ("run.seed", config.run.seed, 0),
         ("optim.lr", config.optim.lr, 0),

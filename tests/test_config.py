@@ -330,6 +330,8 @@ REFUSED: dict[str, list[str]] = {
     "optim.schedule=linaer": ["optim.schedule: 'linaer'", "did you mean 'linear'?"],
     "stages[0].lr=-1": ["stages[0].lr: -1", "0 or more"],
     "batch.grad_accum=0": ["batch.grad_accum: 0", "1 or more"],
+    "bench.rounds=0": ["bench.rounds: 0", "1 or more"],
+    "bench.steps=0": ["bench.steps: 0", "1 or more"],
     "log_every=0": ["log_every: 0", "1 or more"],
     "run.seed=-1": ["run.seed: -1", "0 or more"],
 }
