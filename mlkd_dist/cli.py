@@ -1,5 +1,5 @@
-"""`mlkd`: distill, finetune, evaluate, export. Outside a launcher it starts deepspeed's for more
-than one process."""
+"""`mlkd`: distill, finetune, evaluate, bench, plan, export. Outside a launcher it starts
+deepspeed's for more than one process."""
 
 import argparse
 import json
@@ -36,7 +36,10 @@ def main() -> int:
             help="over the file, for example optim.lr=1e-4",
         )
     add_export(commands)
+    add_plan(commands)
     given = parser.parse_args()
+    if given.command == "plan":
+        return run_plan(given)
     if given.command == "export":
         return run_export(given)
     path = given.config
@@ -75,6 +78,30 @@ def run_export(given: argparse.Namespace) -> int:
 
     try:
         print(export(given.run, given.out, given.dense))
+        return 0
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_plan(commands: Any) -> None:
+    text = "memory per process and traffic per step of a run, from config files alone"
+    command = commands.add_parser("plan", help=text, description=text)
+    command.add_argument("config", help="a YAML file; see configs/")
+    command.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="nodes, gpus_per_node, gpu_memory and reserve (GiB), bandwidth (GB/s per GPU), files "
+        "to write (out, json), and settings of the run",
+    )
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    try:
+        from mlkd_dist.plan import main as plan
+
+        print(plan(given.config, given.settings))
         return 0
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
