@@ -67,9 +67,7 @@ class Term:
             return Needs()
         reads = frozenset(self.schema.read_by(self.options))
         if self.schema.scope == "module":
-            return Needs(
-                matrices={pair[side]: self.matrix_reads(side, reads) for pair in self.pairs}
-            )
+            return Needs(matrices={pair[side]: self.matrix_reads(side, reads) for pair in pairs})
         if self.schema.scope != "layer":
             return Needs(model=reads)
         assert reads <= set(LAYER_READS), reads
@@ -291,7 +289,9 @@ class Objective:
 
     def idle_projections(self, projections: nn.ModuleDict) -> list[Tensor]:
         """A zero, with a gradient of zero, from each projection that no open term uses: where a
-        parameter gets none at all, DeepSpeed's ZeRO-3 takes that of an earlier step again."""
+        parameter gets none at all, DeepSpeed's ZeRO-3 takes that of an earlier step again. The
+        model's own weights always get one, once they had one: the layers that open read all that
+        was open before. validate.py refuses where it would be otherwise."""
         used = set()
         for term in filter(self.is_open, self.terms):
             layers = [pair[0] for pair in self.open_pairs(term)] or [None]

@@ -3,12 +3,12 @@ each other, the options of every loss, and what the models' config files say."""
 
 import math
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
-from mlkd_dist.config import Config, LowRankConfig, OpenConfig, StageConfig, UserError, nearest
+from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
+from mlkd_dist.openings import check_local_losses, check_open
 from mlkd_dist.roles import ROLES
 from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
@@ -62,6 +62,7 @@ def validate(config: Config) -> None:
                 f"kernels: triton, but stages[{index}].losses.attention_mse has no Triton kernel; "
                 f"use auto, which takes the fastest there is for each loss."
             )
+        check_local_losses(f"stages[{index}]", stage, config.student)
     check_models(config)
 
 
@@ -253,41 +254,6 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
             )
     if stage.open is not None:
         check_open(where, stage.open, list(stage.losses))
-
-
-def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
-    """Fills in the defaults, too."""
-    one_of(f"{where}.open.rule", rule.rule, ["all", "pid", "sid"])
-    if rule.rule == "all":
-        given = [
-            f.name for f in fields(rule) if f.name != "rule" and getattr(rule, f.name) is not None
-        ]
-        if given:
-            raise UserError(
-                f"{where}.open.{given[0]}: only for the rules pid and sid; set {where}.open.rule, "
-                f"or remove it."
-            )
-        return
-    scopes = {loss_schema(name).in_pairs for name in losses}
-    if scopes != {True, False}:
-        lacking = "without layers, such as soft_labels" if True in scopes else "of layers"
-        raise UserError(
-            f"{where}.open: {rule.rule} opens layer after layer, and then the losses without "
-            f"layers, but there is no loss {lacking}; add one, or remove open."
-        )
-    if rule.threshold is None:
-        rule.threshold = 0.05 if "cls_cosine" in losses else 0.0
-    if rule.threshold and "cls_cosine" not in losses:
-        raise UserError(
-            f"{where}.open.threshold: {rule.threshold} is compared with the loss cls_cosine, which "
-            f"this stage has not; add it, or set 0."
-        )
-    rule.keep_soft_labels = bool(rule.keep_soft_labels)
-    rule.check_every = 10 if rule.check_every is None else rule.check_every
-    at_least(f"{where}.open.threshold", rule.threshold, 0)
-    at_least(f"{where}.open.check_every", rule.check_every, 1)
-    if rule.classifier is not None:
-        share(f"{where}.open.classifier", rule.classifier)
 
 
 def check_low_rank(given: LowRankConfig) -> None:

@@ -185,7 +185,10 @@ REFUSED: dict[str, list[str]] = {
     "stages[0].open={rule: pid, check_every: 0}": ["open.check_every: 0", "1 or more"],
     "stages[0].open={rule: pid} stages[0].losses={cls_cosine: {}}": [
         "stages[0].open",
-        "no loss without layers, such as soft_labels",
+        "no loss on top of all layers, such as soft_labels",
+    ],
+    "stages[0].open={rule: sid} stages[0].losses={hidden_mse: {}, embedding_mse: {}}": [
+        "no loss on top of all layers",
     ],
     "stages[0].open={rule: pid} stages[0].losses={soft_labels: {}}": ["no loss of layers"],
     "stages[0].open={rule: sid, threshold: -1} stages[0].losses.cls_cosine={}": [
@@ -193,6 +196,12 @@ REFUSED: dict[str, list[str]] = {
         "0 or more",
     ],
     "stages[0].open={rule: sid}": [],
+    "stages[0].open={rule: pid} student.zero_stage=3 "
+    "stages[0].losses={module_mse: {input: teacher}, soft_labels: {}}": [
+        "stages[0].losses.module_mse.input: teacher with the rule pid",
+        "student.zero_stage 3 and",
+        "use the rule sid",
+    ],
     # Sharding
     "teacher.zero_stage=1": ["teacher.zero_stage: 1", "frozen", "0", "3"],
     "teacher.zero_stage=2": ["teacher.zero_stage: 2", "frozen", "0", "3"],
