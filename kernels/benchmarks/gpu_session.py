@@ -27,7 +27,10 @@ GRACE, LEAST = 15.0, 25.0
 # A step that is cut sooner may only have begun something long.
 EARLY = 90.0
 RECORD = "session.jsonl"
-OUR_OWN = ("eager", "streamed", "triton", "auto")
+OURS = ("eager", "streamed", "triton", "auto")
+OTHERS = ("plain", "attention calls", "liger", "torch linear_cross_entropy")
+# It takes minutes to compile a case three times: for some, and after what is ours.
+COMPILED = ("compiled", "compiled, 8 chunks")
 
 
 class Step(NamedTuple):
@@ -39,7 +42,9 @@ class Step(NamedTuple):
 
 
 def benchmark(name: str, op: str, cases: str, limit: float, *more: str) -> Step:
-    arguments = ("--cases", *cases.split(), *more) if cases else more
+    if "--backends" not in more:
+        more = (*more, "--backends", *OURS, *OTHERS)
+    arguments = (*(("--cases", *cases.split()) if cases else ()), *more, "--seconds", "0.4")
     return Step(name, f"bench_{op}.py", arguments, limit, "benchmarks.csv")
 
 
@@ -59,9 +64,16 @@ STEPS = [
     benchmark("K2", "similarity", "", 240),
     benchmark("K5", "info_nce", "", 180),
     benchmark("K1-d", "relation_kl", "qwen3-queries-8k qwen3-queries-32k", 240),
+    *(
+        benchmark(f"compiled {op}", op, cases, 240, "--backends", *COMPILED)
+        for op, cases in (("relation_kl", "bert-base-to-384 qwen3-queries-causal"),
+                          ("linear_divergence", "llama3-8b-to-8b llama3-8b-to-1b"),
+                          ("attention_kl", "llama3-causal"),
+                          ("similarity", "16k"), ("info_nce", "8k"))
+    ),
     benchmark("cross entropy", "linear_divergence", "llama3-cross-entropy", 120),
     *(
-        benchmark(f"fp32 {op}", op, cases, 150, "--dtypes", "fp32", "--backends", *OUR_OWN)
+        benchmark(f"fp32 {op}", op, cases, 150, "--dtypes", "fp32", "--backends", *OURS)
         for op, cases in (("relation_kl", "bert-base-to-384 hidden-512"),
                           ("attention_kl", "bert-base-to-384"),
                           ("linear_divergence", "llama3-8b-to-1b"))
@@ -164,8 +176,6 @@ def dry(step: Step) -> list[str]:
         "tune.py": ["--length", "40", "--batch", "1", "--most", "2", "--seconds", "0.001"],
     }
     tiny = ["--tiny", "--no-memory", "--seconds", "0.001"]
-    if "--backends" not in step.arguments:
-        tiny += ["--backends", "eager", "streamed", "auto"]
     return ["--device", "cpu", *sizes.get(step.script, tiny)]
 
 

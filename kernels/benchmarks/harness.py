@@ -23,6 +23,8 @@ Options = argparse.Namespace
 def main(*operations: Operation) -> None:
     options = arguments(operations)
     torch.set_num_threads(options.threads)
+    # fp32 is fp32: tf32 would spoil the difference of two scores.
+    torch.set_float32_matmul_precision("highest")
     if options.peak_of:
         name, *rest = options.peak_of
         print_peak(next(each for each in operations if each.name == name), options, *rest)

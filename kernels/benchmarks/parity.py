@@ -9,33 +9,31 @@ sizes that only try the code, and without bf16, whose products it gets wrong.
 """
 
 import argparse
+import concurrent.futures
 import itertools
-import math
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import results
 import torch
 from harness import FAILED, FAULTS, UNFINISHED
-from operation import DTYPES, Given, errors, is_refusal, run
+from operation import DTYPES, errors, is_refusal, run
+from parity_cases import GPU, INTERPRETER, Case, cases
 from torch import Tensor
 
-import mlkd_kernels
-
 SPREADS = (1.0, 3.0, 10.0, 30.0)
-NOISE = 0.03
 # What a kernel may add to twice the error of fp32 scores: in 16 bit it rounds the gradient of the
 # scores before it multiplies by the student's rows, and the gradient itself.
 FLOORS = {"fp32": (1e-5, 1e-5), "fp16": (1e-5, 3e-4), "bf16": (1e-5, 1e-3)}
-# Never more, where the divergence is above 1e-3.
+# Never more, where the divergence is above SMALL_VALUE.
 CAPS = {"fp32": (1e-4, 1e-3), "fp16": (1e-4, 2e-3), "bf16": (1e-4, 5e-3)}
 SMALL_VALUE = 1e-3
 EPSILON = torch.finfo(torch.float32).eps
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 ABSENT = "no kernel"
 GOOD = ("ok", ABSENT)
 COLUMNS = (
@@ -47,192 +45,29 @@ COLUMNS = (
 KEY = ("op", "case", "spread", "student", "dtype")
 
 
-class Sizes(NamedTuple):
-    batch: int
-    length: int
-    heads: int
-    rows: int
-    vocabulary: int
-    samples: int
+def row_of(place: int, dtype: str, device: str, spreads: tuple[float, ...]) -> results.Row:
+    """Of the case at this place: cases cannot be sent to another process."""
+    case, begin = tried(device, spreads)[place], time.monotonic()
+    row = identity(case, dtype, device)
+    try:
+        row |= judged(case, dtype, device)
+    except Exception as error:
+        row["result"] = ABSENT if is_refusal(error) else f"{FAILED}: {error!r}"[:300]
+    return row | {"seconds": f"{time.monotonic() - begin:.1f}"}
 
 
-GPU = Sizes(2, 1000, 4, 500, 32003, 2500)
-INTERPRETER = Sizes(1, 40, 2, 20, 90, 30)
+def tried(device: str, spreads: tuple[float, ...]) -> list[Case]:
+    return list(cases(GPU if device == "cuda" else INTERPRETER, spreads))
 
 
-class Case(NamedTuple):
-    op: str
-    name: str
-    near: bool
-    spread: float
-    function: Callable[..., Tensor]  # takes a backend
-    make: Callable[[Callable[..., Tensor]], Given]
-    largest: float  # score
-
-
-def cases(sizes: Sizes, spreads: Iterable[float]) -> Iterator[Case]:
-    for near, spread in itertools.product((False, True), spreads):
-        for group in (relations, attentions, heads, samples):
-            for name, *rest in group(sizes, near, spread):
-                op, _, name = name.partition(" ")
-                yield Case(op, name, near, spread, *rest)
-
-
-def relations(sizes: Sizes, near: bool, spread: float) -> Iterator[tuple]:
-    batch, length, count, *_ = sizes
-    for widths, causal, padding in (
-        ((16, 16), False, None),
-        ((64, 32), False, None),
-        ((64, 64), True, "left"),
-        ((128, 64), True, "holes"),
-        ((96, 40), False, "holes"),
-        ((1024, 768), False, "right"),
-    ):
-        teacher, student = (widths[0],) * 2 if near else widths
-        number = count if teacher < 512 else 1
-        options = {"heads": number, "causal": causal}
-
-        def make(randn: Callable, teacher=teacher, student=student, number=number) -> Given:
-            one, two = pair(
-                lambda width: randn(batch, length, number * width) * spread**0.5,
-                (student, teacher), near, randn,
-            )  # fmt: skip
-            return [one], [two]
-
-        name = f"relation_kl {number} of {teacher}/{student}{described(causal, padding)}"
-        mask = partial(kept, padding, batch, length)
-        # Of a token with itself.
-        largest = spread * student**0.5
-        yield name, masked(mlkd_kernels.relation_kl, mask, **options), make, largest
-
-
-def attentions(sizes: Sizes, near: bool, spread: float) -> Iterator[tuple]:
-    batch, length, count, *_ = sizes
-    for widths, keys, causal, padding in (
-        ((64, 32), (count, count), False, None),
-        ((128, 64), (count, count // 2), True, "left"),
-        ((64, 64), (count // 2, 1), False, "holes"),
-    ):
-        teacher, student = (widths[0],) * 2 if near else widths
-        groups = (keys[0],) * 2 if near else keys
-
-        def make(randn: Callable, widths=(student, teacher), groups=groups) -> Given:
-            def draw(heads: int) -> Callable[[int], Tensor]:
-                return lambda width: (
-                    randn(batch, length, heads, width).transpose(1, 2) * spread**0.5
-                )
-
-            query, other_query = pair(draw(count), widths, near, randn)
-            key, other_key = (draw(heads)(w) for heads, w in zip(groups[::-1], widths, strict=True))
-            if near:
-                key = other_key + NOISE * spread**0.5 * randn(*other_key.shape)
-            return [query, key], [other_query, other_key]
-
-        name = f"attention_kl {count}:{groups[0]}/{groups[1]} of {teacher}/{student}"
-        mask = partial(kept, padding, batch, length)
-        function = masked(mlkd_kernels.attention_kl, mask, causal=causal)
-        yield name + described(causal, padding), function, make, 4 * spread
-
-
-def heads(sizes: Sizes, near: bool, spread: float) -> Iterator[tuple]:
-    rows, vocabulary = sizes.rows, sizes.vocabulary
-    teacher, student = (384, 384 if near else 256) if rows > 100 else (48, 48 if near else 32)
-
-    def make(randn: Callable) -> Given:
-        weights = [spread * randn(vocabulary, w) * w**-0.5 for w in (student, teacher)]
-        hidden = randn(rows, student), randn(rows, teacher)
-        if near:
-            weights[0] = weights[1].clone()
-            hidden = hidden[1] + NOISE * randn(rows, student), hidden[1]
-        return [hidden[0], weights[0]], [hidden[1], weights[1]]
-
-    for kind in KINDS:
-        yield (
-            f"linear_divergence {kind}",
-            lambda backend, kind=kind: partial(
-                mlkd_kernels.linear_divergence, kind=kind, backend=backend
-            ),
-            make,
-            4 * spread,
-        )
-
-    def labelled(backend: str) -> Callable[..., Tensor]:
-        def run(x: Tensor, weight: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
-            labels = (torch.arange(rows, device=x.device) * 7919) % vocabulary
-            labels[::5] = -100
-            return mlkd_kernels.linear_divergence(
-                x, weight, None, None, kind="cross_entropy", labels=labels, backend=backend
-            )
-
-        return run
-
-    if not near:
-        yield "linear_divergence cross_entropy", labelled, make, 4 * spread
-
-
-def samples(sizes: Sizes, near: bool, spread: float) -> Iterator[tuple]:
-    number = sizes.samples
-    wide = 768 if number > 100 else 64
-    # Cosines spread by 1 / sqrt(width).
-    temperature = 1 / (spread * math.sqrt(wide))
-
-    def make(widths: tuple[int, int], randn: Callable) -> Given:
-        one, two = pair(lambda width: randn(number, width), widths, near, randn)
-        return [one], [two]
-
-    widths = wide, wide if near else wide * 4 // 3
-    for diagonal in (True, False):
-        yield (
-            f"similarity_kl {widths[1]}/{widths[0]}" + ", no diagonal" * (not diagonal),
-            lambda backend, diagonal=diagonal: partial(
-                mlkd_kernels.similarity_kl,
-                temperature=temperature,
-                diagonal=diagonal,
-                backend=backend,
-            ),
-            partial(make, widths),
-            1 / temperature,
-        )
-    yield (
-        f"info_nce {wide}",
-        lambda backend: partial(mlkd_kernels.info_nce, temperature=temperature, backend=backend),
-        partial(make, (wide, wide)),
-        1 / temperature,
-    )
-
-
-def pair(
-    draw: Callable[[int], Tensor], widths: tuple[int, int], near: bool, randn: Callable
-) -> tuple[Tensor, Tensor]:
-    """Student and teacher; a near student is its teacher but for a little noise."""
-    teacher = draw(widths[1])
-    return (teacher + NOISE * draw(widths[1]) if near else draw(widths[0])), teacher
-
-
-def masked(
-    operation: Callable[..., Tensor], mask: Callable[[torch.device], Tensor | None], **options: bool
-) -> Callable[[str], Callable[..., Tensor]]:
-    return lambda backend: (
-        lambda *given: operation(*given, mask=mask(given[0].device), backend=backend, **options)
-    )
-
-
-def kept(padding: str | None, batch: int, length: int, device: torch.device) -> Tensor | None:
-    if padding is None:
-        return None
-    keep = torch.ones(batch, length, dtype=torch.bool, device=device)
-    if padding == "right":
-        keep[0, length // 2 :] = False
-    if padding == "left":
-        keep[0, : length // 2] = False
-    if padding == "holes":
-        keep[0, length // 4 : length // 2] = False
-        keep[-1, ::3] = False
-    return keep
-
-
-def described(causal: bool, padding: str | None) -> str:
-    return ", causal" * causal + (f", {padding} padding" if padding else "")
+def identity(case: Case, dtype: str, device: str) -> results.Row:
+    return results.machine(device) | {
+        "op": case.op,
+        "case": case.name,
+        "spread": case.spread,
+        "student": "near" if case.near else "far",
+        "dtype": dtype,
+    }
 
 
 def judged(case: Case, dtype: str, device: str) -> results.Row:
@@ -288,53 +123,66 @@ def bounds(
 
 
 def main() -> None:
+    options = arguments()
+    end, device = time.monotonic() + options.budget, options.device
+    earlier = results.of_this_commit(options.out) if options.resume else []
+    done = {key(row): row["result"] for row in earlier}
+    jobs = [
+        (place, dtype, device, options.spreads)
+        for place, case in enumerate(tried(device, options.spreads))
+        for dtype in options.dtypes
+        if key(identity(case, dtype, device)) not in done
+        and (not options.ops or case.op in options.ops)
+    ]
+    wrong = sum(result not in GOOD for result in done.values())
+    for row in finished(jobs, options.processes, end):
+        results.append(options.out, [row], COLUMNS)
+        if row["result"] not in GOOD:
+            wrong += 1
+            print(*key(row), row["result"], flush=True)
+        if row["result"].startswith(FAILED):
+            # The device may compute no more; another process goes on after this row.
+            os._exit(1)
+    print(f"{wrong} of the kernels' results are wrong", flush=True)
+    sys.exit(FAULTS if wrong else 0)
+
+
+def finished(jobs: list[tuple], processes: int, end: float) -> Iterator[results.Row]:
+    """The rows as they come: several processes compile at a time. Ends the run with its budget."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting, running = iter(jobs), set()
+        while True:
+            late = time.monotonic() > end
+            room = 0 if late else 2 * processes - len(running)
+            running |= {pool.submit(row_of, *job) for job in itertools.islice(waiting, room)}
+            if not running:
+                break
+            ready, running = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            yield from (job.result() for job in ready)
+    if next(waiting, None):
+        sys.exit(UNFINISHED)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--ops", nargs="+", help="default: all")
     add("--dtypes", nargs="+", choices=DTYPES, help="default: all that the device computes")
     add("--spreads", nargs="+", type=float, default=SPREADS)
+    add("--processes", type=int, help="default: 10 beside a GPU, 1 for the interpreter")
     add("--out", type=Path, default=Path("parity.csv"))
     add("--resume", action="store_true", help="leave out what the CSV has of this commit")
     add("--budget", type=float, default=1e9, help="seconds after which no case begins")
     options = parser.parse_args()
-    end = time.monotonic() + options.budget
     on_gpu = options.device == "cuda"
-    dtypes = options.dtypes or (["bf16", "fp32", "fp16"] if on_gpu else ["fp32", "fp16"])
-    earlier = results.of_this_commit(options.out) if options.resume else []
-    done = {key(row): row["result"] for row in earlier}
-    wrong = sum(result not in GOOD for result in done.values())
-    for case in cases(GPU if on_gpu else INTERPRETER, options.spreads):
-        for dtype in dtypes:
-            row = results.machine(options.device) | {
-                "op": case.op,
-                "case": case.name,
-                "spread": case.spread,
-                "student": "near" if case.near else "far",
-                "dtype": dtype,
-            }
-            if key(row) in done or (options.ops and case.op not in options.ops):
-                continue
-            if time.monotonic() > end:
-                sys.exit(UNFINISHED)
-            begin = time.monotonic()
-            try:
-                row |= judged(case, dtype, options.device)
-            except Exception as error:
-                if is_refusal(error):
-                    row["result"] = ABSENT
-                else:
-                    # Written down before it ends the run: a device may compute no more.
-                    row["result"] = f"{FAILED}: {error!r}"[:200]
-                    results.append(options.out, [row], COLUMNS)
-                    raise
-            row["seconds"] = f"{time.monotonic() - begin:.1f}"
-            results.append(options.out, [row], COLUMNS)
-            if row["result"] not in GOOD:
-                wrong += 1
-                print(*key(row), row["result"], flush=True)
-    print(f"{wrong} of the kernels' results are wrong", flush=True)
-    sys.exit(FAULTS if wrong else 0)
+    options.dtypes = options.dtypes or (["bf16", "fp32", "fp16"] if on_gpu else ["fp32", "fp16"])
+    options.processes = options.processes or (10 if on_gpu else 1)
+    options.spreads = tuple(options.spreads)
+    return options
 
 
 def key(row: results.Row) -> tuple[str, ...]:

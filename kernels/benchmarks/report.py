@@ -25,11 +25,15 @@ BACKENDS = ("eager", "plain", "compiled", "attention calls", "streamed", "auto",
 
 def text(rows: Iterable[Row]) -> str:
     """A table for each device, its date and versions above it."""
-    rows = sorted(results.latest(rows).values(), key=place)
     return "\n\n".join(
         "\n\n".join([heading(machine), *sections(list(group))])
-        for machine, group in groupby(rows, key=machine_of)
+        for machine, group in groupby(in_order(rows), key=machine_of)
     )
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """The last of each measurement, by device and operation and then as the registry has it."""
+    return sorted(results.latest(rows).values(), key=place)
 
 
 def machine_of(row: Row) -> tuple[str, str]:
@@ -37,8 +41,8 @@ def machine_of(row: Row) -> tuple[str, str]:
 
 
 def place(row: Row) -> tuple:
-    ops = list(SHAPES)
-    return *machine_of(row), ops.index(row["op"])
+    cases = [(op, case) for op, of in SHAPES.items() for group in of.values() for case in group]
+    return *machine_of(row), cases.index((row["op"], row["case"])), row["dtype"]
 
 
 def heading(machine: tuple[str, str]) -> str:

@@ -43,7 +43,7 @@ KERNELS: dict[str, tuple[Any, list[bool] | None]] = {
 }
 # bytes per element -> own rows, other rows, warps, stages
 CANDIDATES = {
-    2: ((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)),
+    2: ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     4: ((16, 32, 64), (16, 32, 64), (4, 8), (1, 2)),
 }
 WRONG = 2e-2
@@ -69,6 +69,10 @@ class Class(NamedTuple):
 
     def shipped(self) -> _tiles.Tile:
         return SHIPPED[self.kernel][self.size][self.place][1]
+
+    def row(self, tile: _tiles.Tile) -> results.Row:
+        own = {"kernel": self.kernel, "size": self.size, "limit": self.limit}
+        return own | dataclasses.asdict(tile) | {"shipped": tile == self.shipped()}
 
     def use(self, tile: _tiles.Tile) -> None:
         _tiles.TILES[self.kernel][self.size][self.place] = (self.limit, tile)
@@ -134,31 +138,18 @@ def timed(which: Class, tile: _tiles.Tile, expected: list, options: argparse.Nam
     return {"ms": f"{measure.times(call, options.device, options.seconds).p50:.4f}"}
 
 
-def tuned(which: Class, pool: ProcessPoolExecutor | None, options: argparse.Namespace) -> None:
-    done = {key(row): row for row in results.of_this_commit(options.csv)}
-    base = results.machine(options.device) | {
-        "kernel": which.kernel,
-        "size": which.size,
-        "limit": which.limit,
-    }
-    rows = [base | dataclasses.asdict(tile) | {"shipped": tile == which.shipped()}
-            for tile in which.candidates()[: options.most]]  # fmt: skip
-    rows = [row for row in rows if key(row) not in done]
-    if not rows:
-        return
-    tiles = [_tiles.Tile(*(row[name] for name in KEY[3:])) for row in rows]
-    faults: dict[_tiles.Tile, str | None] = {}
-    if pool:
-        jobs = [pool.submit(compiled, which, tile, options.length) for tile in tiles]
-        faults = dict(zip(tiles, (job.result() for job in jobs), strict=True))
-    expected = launches(which, options.device, options.length, options.batch)()
-    for row, tile in zip(rows, tiles, strict=True):
-        if time.monotonic() > options.end:
-            sys.exit(UNFINISHED)
-        fault = faults.get(tile)
-        row |= {"why": fault} if fault else timed(which, tile, expected, options)
-        results.append(options.csv, [row], COLUMNS)
-    which.use(which.shipped())
+def pending(which: Class, options: argparse.Namespace) -> list[_tiles.Tile]:
+    done = {key(row) for row in results.of_this_commit(options.csv)}
+    tiles = which.candidates()[: options.most]
+    return [tile for tile in tiles if key(which.row(tile)) not in done]
+
+
+def faults(wanted: list[tuple[Class, _tiles.Tile]], length: int) -> dict:
+    """What does not compile, and why."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 12), mp_context=context) as pool:
+        jobs = [pool.submit(compiled, *each, length) for each in wanted]
+        return dict(zip(wanted, (job.result() for job in jobs), strict=True))
 
 
 def write_winners(options: argparse.Namespace) -> None:
@@ -196,18 +187,25 @@ def main() -> None:
     options.csv = options.out / "tiles.csv"
     if not options.resume:
         options.csv.unlink(missing_ok=True)
-    pool = None
-    if options.device == "cuda":
-        workers = min(os.cpu_count() or 1, 12)
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        for which in classes(options.sizes):
-            if which.kernel in options.kernels:
-                tuned(which, pool, options)
-                write_winners(options)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    wanted = [
+        (which, tile)
+        for which in classes(options.sizes)
+        if which.kernel in options.kernels
+        for tile in pending(which, options)
+    ]
+    why = faults(wanted, options.length) if options.device == "cuda" and wanted else {}
+    for which, group in itertools.groupby(wanted, key=lambda each: each[0]):
+        which.use(which.shipped())
+        expected = launches(which, options.device, options.length, options.batch)()
+        for each in group:
+            if time.monotonic() > options.end:
+                sys.exit(UNFINISHED)
+            fault = why.get(each)
+            found = {"why": fault} if fault else timed(*each, expected, options)
+            row = results.machine(options.device) | which.row(each[1]) | found
+            results.append(options.csv, [row], COLUMNS)
+        which.use(which.shipped())
+        write_winners(options)
 
 
 if __name__ == "__main__":
