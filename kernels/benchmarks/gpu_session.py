@@ -10,6 +10,7 @@ all is done and right, 75 when there is more to do, and 1 when something is wron
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -165,9 +166,10 @@ def ran(step: Step, seconds: float, options: argparse.Namespace) -> int:
         except subprocess.TimeoutExpired:
             return CUT
         finally:
-            if process.poll() is None:
+            # Of a step that ended by itself too: a worker of its own may have stayed.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def dry(step: Step) -> list[str]:

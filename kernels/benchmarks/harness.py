@@ -176,7 +176,7 @@ def line(row: results.Row) -> str:
     ms = row["ms_p50"]
     words = [row[name] for name in ("op", "case", "dtype", "backend", "direction")]
     words.append(f"{ms} ms" if ms[0].isdigit() else ms)
-    if row.get("extra_peak_mib", "") != "":
+    if row.get("extra_peak_mib", "") not in ("", measure.OOM):
         words.append(f"{row['extra_peak_mib']} MiB more")
     if row.get("gradient_error"):
         words.append(f"gradient off by {row['gradient_error']}")

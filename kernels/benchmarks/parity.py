@@ -12,7 +12,6 @@ import argparse
 import concurrent.futures
 import itertools
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -141,8 +140,8 @@ def main() -> None:
             wrong += 1
             print(*key(row), row["result"], flush=True)
         if row["result"].startswith(FAILED):
-            # The device may compute no more; another process goes on after this row.
-            os._exit(1)
+            # The device may compute no more; another run goes on after this row.
+            sys.exit(1)
     print(f"{wrong} of the kernels' results are wrong", flush=True)
     sys.exit(FAULTS if wrong else 0)
 
@@ -150,11 +149,11 @@ def main() -> None:
 def finished(jobs: list[tuple], processes: int, end: float) -> Iterator[results.Row]:
     """The rows as they come: several processes compile at a time. Ends the run with its budget."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting, running = iter(jobs), set()
+    pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
+    waiting, running = iter(jobs), set()
+    try:
         while True:
-            late = time.monotonic() > end
-            room = 0 if late else 2 * processes - len(running)
+            room = 0 if time.monotonic() > end else 2 * processes - len(running)
             running |= {pool.submit(row_of, *job) for job in itertools.islice(waiting, room)}
             if not running:
                 break
@@ -162,6 +161,8 @@ def finished(jobs: list[tuple], processes: int, end: float) -> Iterator[results.
                 running, return_when=concurrent.futures.FIRST_COMPLETED
             )
             yield from (job.result() for job in ready)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if next(waiting, None):
         sys.exit(UNFINISHED)
 
