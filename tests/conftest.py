@@ -1,11 +1,13 @@
 """Small real models, tokenizers and data, and runs of one or more processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +185,24 @@ def logged(config: dict) -> list[dict]:
 
 
 Launch = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable]:
+    """Calls a function, or `each` of many cases, in processes of their own: Triton chooses the
+    interpreter when it is imported, which no other test must notice."""
+    from interpreter import start_interpreter
+
+    context = multiprocessing.get_context("spawn")
+    workers = os.cpu_count()
+    with ProcessPoolExecutor(workers, context, start_interpreter) as pool:
+
+        def call(function: Callable, *args: Any, **kwargs: Any) -> None:
+            pool.submit(function, *args, **kwargs).result()
+
+        def call_each(function: Callable, cases: list[tuple]) -> None:
+            for job in [pool.submit(function, *case) for case in cases]:
+                job.result()
+
+        call.each = call_each
+        yield call

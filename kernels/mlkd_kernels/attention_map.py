@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, head_lacks
-from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs, wide_type
 from mlkd_kernels.streamed import attention_map as streamed
 
 
@@ -44,8 +45,9 @@ def attention_kl(
     }
     queries = student_query, teacher_query
     lacks = head_lacks(*(x.shape[-1] for x in queries), *(x.dtype for x in queries))
-    run = BACKENDS[choose(backend, student_query, triton_lacks=lacks)]
-    return run(student_query, student_key, teacher_query, teacher_key, keep, **options)
+    backend = choose(backend, student_query, triton_lacks=lacks)
+    vectors = student_query, student_key, teacher_query, teacher_key
+    return OPERATION(backend, *vectors, keep, **options)
 
 
 def eager(
@@ -90,4 +92,16 @@ def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
     return kernel(*tensors, **options)
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton}
+def _like(student_query: Tensor, *others: Tensor | None, **_: Any) -> Tensor:
+    vectors = student_query, *others[:3]
+    return student_query.new_empty(student_query.shape[:3], dtype=wide_type(*vectors))
+
+
+OPERATION = Operation(
+    "attention_kl",
+    {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton},
+    "Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
+    "Tensor? keep, bool causal, float student_scale, float teacher_scale",
+    leaves=2,
+    like=_like,
+)

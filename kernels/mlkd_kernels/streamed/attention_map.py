@@ -2,13 +2,11 @@
 
 from torch import Tensor
 
-from mlkd_kernels.rows import drop_masked, widen
-from mlkd_kernels.streamed.compiled import not_traced
+from mlkd_kernels.rows import zero_masked
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.tokens import token_limits
 
 
-@not_traced
 def attention_kl(
     student_query: Tensor,  # [B, H, L, ds]
     student_key: Tensor,  # [B, Hkv, L, ds]
@@ -28,5 +26,5 @@ def attention_kl(
 
 
 def _flat(x: Tensor, keep: Tensor | None) -> Tensor:  # [B, H, L, d] -> [B*H, L, d]
-    x = widen(x) if keep is None else drop_masked(x, keep[:, None])
+    x = x if keep is None else zero_masked(x, keep[:, None])
     return x.flatten(0, 1)
