@@ -2,32 +2,33 @@
 
     python kernels/benchmarks/tune.py --out FOLDER [--resume]
 
-Every candidate goes to tiles.csv; the winners, beside what mlkd_kernels/triton/_tiles.py has, go to
-tiles.json. Many are compiled at a time and timed one after the other. A candidate whose result is
-not that of the shipped tile is refused.
+Every candidate goes to tiles.csv and the winners to <device>.json, which takes effect in
+mlkd_kernels/triton/tuned. Many are compiled at a time and timed one after the other. A candidate
+whose result is not that of the shipped tile is refused.
 """
 
 import argparse
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_attention_kl
+import bench_linear_divergence
 import bench_relation_kl
 import measure
 import results
 import torch
 from harness import UNFINISHED
-from operation import errors
-from shapes import Attention, Relation
+from operation import errors, run
+from shapes import Attention, Heads, Relation
 
 from mlkd_kernels.triton import _tiles
 
@@ -46,6 +47,7 @@ CANDIDATES = {
     2: ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     4: ((16, 32, 64), (16, 32, 64), (4, 8), (1, 2)),
 }
+ROW_BLOCKS = (1024, 2048, 4096, 8192, 16384)
 WRONG = 2e-2
 COLUMNS = (
     *("date", "commit", "device", "threads", "torch", "triton"),
@@ -75,7 +77,7 @@ class Class(NamedTuple):
         return own | dataclasses.asdict(tile) | {"shipped": tile == self.shipped()}
 
     def use(self, tile: _tiles.Tile) -> None:
-        _tiles.TILES[self.kernel][self.size][self.place] = (self.limit, tile)
+        IN_USE[self.kernel][self.size][self.place] = (self.limit, tile)
 
     def candidates(self) -> list[_tiles.Tile]:
         """The shipped one first."""
@@ -83,19 +85,22 @@ class Class(NamedTuple):
         return [self.shipped(), *(tile for tile in tiles if tile != self.shipped())]
 
 
-SHIPPED = {
-    name: {size: list(rows) for size, rows in table.items()} for name, table in _tiles.TILES.items()
-}
+SHIPPED: _tiles.Table = _tiles.tiles_of(
+    torch.device("cuda", 0) if torch.cuda.is_available() else None
+)
+# What is in use while candidates are timed.
+IN_USE = {name: {size: list(rows) for size, rows in of.items()} for name, of in SHIPPED.items()}
+_tiles.tiles_of = lambda _: IN_USE
 
 
 def classes(sizes: list[int]) -> Iterator[Class]:
     """What training runs in first: the gradient in 16 bit."""
-    names = sorted(_tiles.TILES, key=lambda name: name != "gram_backward")
+    names = sorted(SHIPPED, key=lambda name: name != "gram_backward")
     for size, name in itertools.product(sizes, names):
         if name not in KERNELS:
             print(f"{name}: no way to time it is known here; it keeps its tiles")
             continue
-        for place, (limit, _) in enumerate(_tiles.TILES[name][size]):
+        for place, (limit, _) in enumerate(SHIPPED[name][size]):
             yield Class(name, size, place, limit)
 
 
@@ -152,17 +157,50 @@ def faults(wanted: list[tuple[Class, _tiles.Tile]], length: int) -> dict:
         return dict(zip(wanted, (job.result() for job in jobs), strict=True))
 
 
+def row_blocks(options: argparse.Namespace) -> None:
+    """The kernels that walk along rows have one block for all; what others would take."""
+    if options.device == "cpu":
+        heads = Heads(20, 300, 48, 32)
+    else:
+        heads = Heads(1024, 128256, 1024, 1024)
+    operation, shipped = bench_linear_divergence.LINEAR_DIVERGENCE, _tiles.WIDEST_ROW
+    for block in dict.fromkeys((shipped, *ROW_BLOCKS)):
+        _tiles.WIDEST_ROW = block
+        tile = _tiles.row_tile(heads.vocabulary)
+        row = results.machine(options.device) | {
+            "kernel": "rows of linear_divergence",
+            "size": 2,
+            "limit": heads.vocabulary,
+            "own": 1,
+            "other": tile.block,
+            "warps": tile.warps,
+            "stages": 1,
+            "shipped": block == shipped,
+        }
+        if key(row) in {key(each) for each in results.of_this_commit(options.csv)}:
+            continue
+        if time.monotonic() > options.end:
+            sys.exit(UNFINISHED)
+        given = operation.given(heads, DTYPES[2 if options.device == "cuda" else 4], options.device)
+        function = operation.ours(heads, "triton")
+        times = measure.times(partial(run, function, given), options.device, options.seconds)
+        results.append(options.csv, [row | {"ms": f"{times.p50:.4f}"}], COLUMNS)
+    _tiles.WIDEST_ROW = shipped
+
+
 def write_winners(options: argparse.Namespace) -> None:
-    found: dict = {}
+    """As mlkd_kernels/triton/_tiles.py reads it from its folder `tuned`; what was not timed keeps
+    its tile."""
+    table = {name: {size: list(rows) for size, rows in of.items()} for name, of in SHIPPED.items()}
     rows = [row for row in results.of_this_commit(options.csv) if row["ms"]]
-    for row in sorted(rows, key=lambda row: float(row["ms"])):
-        tile = {name: int(row[name]) for name in KEY[2:]} | {"ms": float(row["ms"])}
-        here = found.setdefault(row["kernel"], {}).setdefault(row["size"], {})
-        here.setdefault(row["limit"], {"best": tile})
-        if row["shipped"] == "True":
-            here[row["limit"]]["shipped"] = tile
-    winners = {"device": results.machine(options.device)["device"], "kernels": found}
-    (options.out / "tiles.json").write_text(json.dumps(winners, indent=1) + "\n")
+    # The fastest comes last and stays.
+    for row in sorted(rows, key=lambda row: -float(row["ms"])):
+        here = table.get(row["kernel"], {}).get(int(row["size"]), [])
+        for place, (limit, _) in enumerate(here):
+            if str(limit) == row["limit"]:
+                here[place] = (limit, _tiles.Tile(*(int(row[name]) for name in KEY[3:])))
+    name = _tiles.tuned_path(results.machine(options.device)["device"]).name
+    _tiles.write(table, options.out / name)
 
 
 def key(row: results.Row) -> tuple[str, ...]:
@@ -206,6 +244,8 @@ def main() -> None:
             results.append(options.csv, [row], COLUMNS)
         which.use(which.shipped())
         write_winners(options)
+    if 2 in options.sizes:
+        row_blocks(options)
 
 
 if __name__ == "__main__":
