@@ -59,7 +59,9 @@ def test_operators_are_sound(dtype: torch.dtype) -> None:
     queries = [
         x.unflatten(-1, (3, -1)).transpose(1, 2) for x in (student, student, teacher, teacher)
     ]
-    check_operator(operation("attention_map"), *queries, MASKS["left"], causal=True, **SCALES)
+    for name in ("KL", "MSE"):
+        maps = operation("attention_map", name)
+        check_operator(maps, *queries, MASKS["left"], causal=True, **SCALES)
     samples = student[0], teacher[0]
     check_operator(operation("similarity", "KL"), *samples, None, diagonal=False, **SCALES)
     check_operator(operation("similarity", "NARROW_MSE"), *samples)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlkd_kernels import (
     attention_kl,
+    attention_mse,
     info_nce,
     linear_divergence,
     relation_kl,
@@ -99,12 +100,13 @@ def attention(
     causal: bool = False,
     key_heads: tuple[int, int] = (3, 2),
     dtype: torch.dtype = torch.float64,
+    loss: Callable = attention_kl,
 ) -> tuple[Callable, Tensor, Tensor]:
     shapes = (6, 3), (key_heads[0], 3), (6, 5), (key_heads[1], 5)
     vectors = [randn(2, h, LENGTH, d, seed=i).to(dtype) for i, (h, d) in enumerate(shapes)]
     student, teacher = vectors[:2], vectors[2:]
     options = {"mask": mask, "causal": causal, "student_scale": 0.9}
-    return lambda q, k, **o: attention_kl(q, k, *teacher, **options, **o), *student
+    return lambda q, k, **o: loss(q, k, *teacher, **options, **o), *student
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -113,21 +115,24 @@ def test_relation_parity(name: str, causal: bool, device_path: None) -> None:
     check_parity(*relation(MASKS[name], causal))
 
 
+@pytest.mark.parametrize("loss", [attention_kl, attention_mse])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_attention_parity(name: str, causal: bool, device_path: None) -> None:
-    check_parity(*attention(MASKS[name], causal))
+def test_attention_parity(name: str, causal: bool, loss: Callable, device_path: None) -> None:
+    check_parity(*attention(MASKS[name], causal, loss=loss))
 
 
 # Key heads of student and teacher under 6 query heads; 2 and 3 make groups that do not nest.
 @pytest.mark.parametrize("key_heads", [(6, 6), (2, 3), (1, 6), (6, 1), (1, 1)])
-def test_attention_parity_of_grouped_queries(key_heads: tuple[int, int]) -> None:
-    check_parity(*attention(MASKS["right"], True, key_heads))
+@pytest.mark.parametrize("loss", [attention_kl, attention_mse])
+def test_attention_parity_of_grouped_queries(key_heads: tuple[int, int], loss: Callable) -> None:
+    check_parity(*attention(MASKS["right"], True, key_heads, loss=loss))
 
 
+@pytest.mark.parametrize("loss", [attention_kl, attention_mse])
 @pytest.mark.parametrize("needed", [0, 1])
-def test_a_frozen_side_of_attention_gets_no_gradient(needed: int) -> None:
-    function, *inputs = attention()
+def test_a_frozen_side_of_attention_gets_no_gradient(needed: int, loss: Callable) -> None:
+    function, *inputs = attention(loss=loss)
     expected = results(function, "eager", inputs)[1 + needed]
     inputs[needed].requires_grad_()
     value = function(*inputs, backend="streamed")
@@ -443,6 +448,7 @@ def test_nothing_is_made_for_gradients_without_grad(monkeypatch: pytest.MonkeyPa
 def every_operation() -> dict[str, tuple[Callable, list[Tensor]]]:
     samples = randn(LENGTH, 3, seed=1)
     found = {"relation_kl": relation(), "attention_kl": attention()}
+    found["attention_mse"] = attention(causal=True, loss=attention_mse)
     found["similarity_kl"] = lambda s, **o: similarity_kl(s, samples, **o), randn(LENGTH, 3)
     found["info_nce"] = lambda s, **o: info_nce(s, samples, **o), randn(LENGTH, 3)
     found["similarity_mse"] = (lambda s, backend: similarity_mse(s, samples), randn(LENGTH, 3))
@@ -489,13 +495,15 @@ def test_small_blocks_are_really_many() -> None:
     assert len(list(heads_in_chunks._chunks(torch.zeros(LENGTH, 1), 9, torch.float32))) == 3
 
 
-def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
+@pytest.mark.parametrize("given", [relation, lambda mask: attention(mask, loss=attention_mse)])
+def test_memory_does_not_grow_with_the_square_of_the_length(given: Callable) -> None:
     """No tensor that lives between forward and backward is larger than the inputs."""
-    function, student = relation(MASKS["holes"])
+    function, *students = given(MASKS["holes"])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        function(student.requires_grad_(), backend="streamed")
-    assert kept and max(x.numel() for x in kept) <= 2 * LENGTH * 12
+        function(*(x.requires_grad_() for x in students), backend="streamed")
+    # The widest are the teacher's queries: 2 sequences, 6 heads of 5.
+    assert kept and max(x.numel() for x in kept) <= 2 * LENGTH * 6 * 5
 
 
 GROUPED = {

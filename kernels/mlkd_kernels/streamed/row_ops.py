@@ -63,4 +63,24 @@ def _restrict(scores: Tensor, block: Block, limits: Limits) -> None:
         own.diagonal(dim1=-2, dim2=-1).fill_(least)
 
 
+def squares(p: Tensor, q: Tensor, block: Block, limits: Limits) -> Tensor:
+    """In place of the KL: the sum of (q - p)^2 over the keys that count."""
+    return _gap(p, q, block, limits).square_().sum(-1)
+
+
+def squares_slope(
+    p: Tensor, q: Tensor, grad: Tensor, block: Block, limits: Limits, dtype: torch.dtype
+) -> Tensor:
+    return _gap(p, q, block, limits).mul_(2 * grad.unsqueeze(-1)).to(dtype)
+
+
+def _gap(p: Tensor, q: Tensor, block: Block, limits: Limits) -> Tensor:
+    """q - p; a key that does not count has the score 0 in both, but for one that comes later."""
+    gap = q.sub_(p)
+    if limits.causal:
+        gap[..., block.rows].masked_fill_(block.later(gap), 0)
+    return gap
+
+
 PLAIN = RowOps(kl, slope)
+SQUARES = RowOps(squares, squares_slope)
