@@ -253,6 +253,13 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
             )
     if stage.open is not None:
         check_open(where, stage.open, list(stage.losses))
+        # They would get no gradient at all, and ZeRO-3 then takes that of an earlier step again.
+        local = [name for name, given in stage.losses.items() if given.get("input") == "teacher"]
+        if local and stage.open.rule == "pid":
+            raise UserError(
+                f"{where}.open.rule: pid goes on to the next layer, and {local[0]} with input: "
+                f"teacher then leaves the layers below without a gradient; use sid, or input: own."
+            )
 
 
 def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:

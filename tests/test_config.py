@@ -258,6 +258,12 @@ REFUSED: dict[str, list[str]] = {
     "stages[0].losses={module_mse: {}} student={path: {small}}": ["module_mse", "36", "48"],
     "stages[0].losses={module_mse: {of: [ffn]}}": ["module_mse.of: 'ffn'", "query, key, value"],
     "stages[0].losses={module_mse: {input: student}}": ["input: 'student'", "own, teacher"],
+    "stages[0].open.rule=pid stages[0].losses={module_mse: {input: teacher}, soft_labels: {}}": [
+        "stages[0].open.rule: pid",
+        "module_mse with input: teacher",
+        "use sid, or input: own",
+    ],
+    "stages[0].open.rule=sid stages[0].losses={module_mse: {input: teacher}, soft_labels: {}}": [],
     "stages[0].losses={module_mse: {project: always}}": ["module_mse.project: no such option"],
     "stages[0].losses={module_mse: {layers: [[0,4]]}}": ["module_mse.layers: pair [0, 4]"],
     "student={path: {deep}}": ["stages[0].layers: uniform", "6", "4", "[[student, teacher], ...]"],
