@@ -1,16 +1,18 @@
 """All that is checked before any weights load and before anything is written."""
 
+import inspect
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.head import check_head
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.run import Run, check_folder, class_count, on_first, user_errors
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
@@ -78,6 +80,8 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         run = Run(config, world, task, tokenizer, train, held_out)
         if config.task.kind == "classification":
             check_classes(run, student_path)
+        if task.vocabulary:
+            check_entries(run, student_path)
         check_weights(run, student_path)
 
     on_first(world, user_errors(read_and_check))
@@ -112,7 +116,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_kind(config, run.task.model_class, path, found)
+        check_kind(config, run.task, path, found)
         load_model(
             run.task.model_class,
             path,
@@ -125,8 +129,9 @@ def check_weights(run: Run, student_path: str) -> None:
         )
 
 
-def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedConfig) -> None:
+def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) -> None:
     """That transformers has this model for the task, and that it can be read."""
+    model_class = task.model_class
     try:
         with torch.device("meta"):
             model = model_class.from_config(
@@ -138,6 +143,39 @@ def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedCon
             f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
         ) from error
     check_readable(model, path)
+    if task.vocabulary:
+        check_head(model, path)
+        check_direction(model, path, config)
+
+
+def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:
+    """That a model of causal_lm looks back only: an encoder would read the tokens it is to say."""
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if config.task.kind == "causal_lm" and not causal:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} attends to tokens that come later, so it "
+            f"cannot learn to say them; use a decoder, or task.kind masked_lm."
+        )
+    if config.data.pack and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} takes no position_ids, which count anew in "
+            f"each document of a packed sequence; use data.pack=false."
+        )
+
+
+def check_entries(run: Run, student_path: str) -> None:
+    """That every token of the tokenizer has an entry in both models' vocabularies."""
+    tokens = max(run.tokenizer.get_vocab().values()) + 1
+    for path in (student_path, run.config.teacher.path):
+        if path is None:
+            continue
+        entries = read_config(path, run.config.trust_remote_code).get_text_config().vocab_size
+        if tokens > entries:
+            raise UserError(
+                f"model {path!r} has {entries} entries in its vocabulary and the tokenizer of "
+                f"{student_path!r} has {tokens} tokens; use a model whose embeddings were resized "
+                f"to its tokenizer."
+            )
 
 
 def check_classes(run: Run, student_path: str) -> None:

@@ -11,18 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    eager_mask,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
+
+from mlkd_dist.head import Head, head_of, watched_head
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
 # result before ("context") and after ("attention_output") the output projection, and the layer's
 # output. Of the whole model: the input of the first layer, the last hidden state, one vector per
-# sample taken from it, and the logits.
+# sample taken from it, and the logits; or, where these are many, what enters the output head.
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
 LAYER_READS = (*ATTENTION_READS, "hidden")
 VECTOR_READS = ("cls", "mean", "last")
-MODEL_READS = ("embedding", *VECTOR_READS, "logits")
+MODEL_READS = ("embedding", *VECTOR_READS, "logits", "head")
 
 TAP = "mlkd_tap_"
 
@@ -33,6 +41,7 @@ class Layer:
 
     mask: Tensor  # [B, L] bool, True where a token is real
     heads: int
+    causal: bool = False  # whether its attention looks back only; known once attention was read
     query: Tensor | None = None  # [B, L, H*d]
     key: Tensor | None = None  # [B, L, Hkv*d]
     value: Tensor | None = None  # [B, L, Hkv*d]
@@ -62,6 +71,8 @@ class Trace:
     layers: dict[int, Layer] = field(default_factory=dict)  # counted from 0, as in Hugging Face
     vectors: dict[str, Tensor] = field(default_factory=dict)  # [B, D] each, by name of VECTOR_READS
     logits: Tensor | None = None  # [B, C] or [B, L, V]
+    head: Head | None = None
+    head_input: Tensor | None = None  # [B, L, D] what the head makes the logits of
     labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
 
     def layer(self, index: int) -> Layer:
@@ -123,9 +134,13 @@ class Recorder:
         if "hidden" in self.wanted():
             self.trace.layer(self.index).hidden = output[0] if isinstance(output, tuple) else output
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, context: Tensor, causal: bool
+    ) -> None:
         """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
         wanted = self.wanted()
+        if wanted & set(ATTENTION_READS):
+            self.trace.layer(self.index).causal = causal
         heads_last = {"query": query, "key": key, "value": value}
         found = {
             name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted
@@ -151,6 +166,8 @@ class Recorder:
 # The recorder of the forward pass that is running. Empty in the backward pass, so that layers which
 # are computed again there (activation checkpointing) are not recorded twice.
 RECORDING: ContextVar[Recorder | None] = ContextVar("recording", default=None)
+# [B, L]: which document of its sequence a token belongs to; None where a sequence is one.
+DOCUMENTS: ContextVar[Tensor | None] = ContextVar("documents", default=None)
 
 
 def tapped(inner: str) -> Callable[..., Any]:
@@ -165,17 +182,30 @@ def tapped(inner: str) -> Callable[..., Any]:
             function = ALL_ATTENTION_FUNCTIONS[inner]
         context, weights = function(module, query, key, value, mask, **kwargs)
         if recorder := RECORDING.get():
-            recorder.attention(query, key, value, context)
+            causal = bool(getattr(module, "is_causal", False))
+            recorder.attention(query, key, value, context, causal)
         return context, weights
 
     return attention
 
 
+def tapped_mask(inner: str) -> Callable[..., Any]:
+    """The mask function `inner` of transformers, without attention across documents. Not left to
+    transformers, which finds documents by their positions, but in some families only."""
+    function = eager_mask if inner == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[inner]
+
+    def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Any:
+        if (documents := DOCUMENTS.get()) is not None:
+            mask_function = and_masks(mask_function, packed_sequence_mask_function(documents))
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return function(mask_function=mask_function, **kwargs)
+
+    return mask
+
+
 for inner in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
     AttentionInterface.register(TAP + inner, tapped(inner))
-    AttentionMaskInterface.register(
-        TAP + inner, eager_mask if inner == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[inner]
-    )
+    AttentionMaskInterface.register(TAP + inner, tapped_mask(inner))
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -241,9 +271,15 @@ def capture(
     # cache.
     taken = inspect.signature(model.forward).parameters
     given = {"use_cache": False, **inputs}
-    with recording(model, needs, trace):
+    with ExitStack() as stack:
+        watcher = stack.enter_context(watched_head(model)) if "head" in needs.model else None
+        stack.enter_context(recording(model, needs, trace))
+        stack.callback(DOCUMENTS.reset, DOCUMENTS.set(inputs.get("documents")))
         output = run(**{name: value for name, value in given.items() if name in taken})
+    if watcher is not None:
+        trace.head, trace.head_input = head_of(model, output), watcher.hidden
     if "logits" in needs.model:
+        assert watcher is None, "the head is watched and makes no logits"
         trace.logits = output.logits
     missing = [
         f"{name} of layer {i}"

@@ -6,6 +6,7 @@ Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
     columns                       raw columns it reads
     model_class                   the transformers Auto class of its models
     reads                         what an evaluation takes from a trace
+    vocabulary                    whether its models have a row of logits per token
     settings()                    what the encoding depends on, for the cache key
     encode(rows, tokenizer, max_length)    raw columns -> token columns
     collate(rows, keep, tokenizer)         rows -> Batch
@@ -28,7 +29,9 @@ IGNORE = -100
 class Batch:
     """One micro-batch of one process."""
 
-    inputs: dict[str, Tensor]  # what the model's forward takes
+    # What the model's forward takes; and, where several documents lie in one sequence,
+    # "documents": their number within it, -1 at padding.
+    inputs: dict[str, Tensor]
     keep: Tensor  # [B] bool, False for a sample that only fills the batch
     labels: Tensor | None  # [B] or [B, L], -100 where ignored
     label_keep: Tensor  # [B] or [B, L] bool, which rows of the logits count
@@ -37,6 +40,22 @@ class Batch:
     def mask(self) -> Tensor:  # [B, L] bool
         """Tokens that count: real ones of samples that count."""
         return self.inputs["attention_mask"].bool() & self.keep.unsqueeze(1)
+
+    @property
+    def samples(self) -> Tensor:  # scalar
+        """How many samples count; each document of a sequence is one."""
+        documents = self.inputs.get("documents")
+        return (self.keep if documents is None else self.keep * (documents.amax(1) + 1)).sum()
+
+    @property
+    def sample_mean(self) -> Tensor:  # [B, L]
+        """The weight of each token in the mean over its sample."""
+        weight, documents = self.mask.float(), self.inputs.get("documents")
+        if documents is None:
+            return weight / weight.sum(1, keepdim=True).clamp_min(1)
+        document = documents.clamp_min(0)
+        lengths = torch.zeros_like(weight).scatter_add(1, document, weight)
+        return weight / lengths.gather(1, document).clamp_min(1)
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor | None) -> Tensor | None:
