@@ -140,6 +140,15 @@ def test_attention_relation_reads_context_by_default() -> None:
     )
 
 
+def test_attention_relation_looks_back_where_the_student_does() -> None:
+    student, teacher = layer(STUDENT_WIDTH, 0), layer(TEACHER_WIDTH, 10)
+    student.causal = True
+    expected = attention_definition(student, teacher, ["context"], HEADS, True)
+    same(losses.load("attention_relation")(student, teacher), expected)
+    both_ways = losses.load("attention_relation")(student, teacher, causal=False)
+    same(both_ways, attention_definition(student, teacher, ["context"], HEADS, False))
+
+
 def test_hidden_mse_is_its_definition() -> None:
     student, teacher = layer(STUDENT_WIDTH, 0), layer(TEACHER_WIDTH, 10)
     projection = torch.nn.Linear(STUDENT_WIDTH, TEACHER_WIDTH, dtype=torch.float64)
