@@ -258,21 +258,25 @@ class Objective:
         return total / len(term.pairs) if term.options["sum_layers"] == "mean" else total
 
     def head_sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
-        """The sums of all terms over a vocabulary, in one use of each head's weights."""
+        """The sums of all terms over a vocabulary, in one use of each head's weights; no work is
+        done for rows that do not count."""
         terms = [term for term in self.terms if term.at_head]
         if not terms:
             return {}
-        weight, labels = batch.label_keep.float().flatten(), batch.labels.flatten()
+        labels = batch.labels.flatten().index_select(0, batch.label_rows)
+        weight = torch.ones_like(labels, dtype=torch.float32)
+
+        def entering(trace: Trace) -> Tensor:  # [n, D]
+            return trace.head_input.flatten(0, 1).index_select(0, batch.label_rows)
 
         def sums(ours: HeadRows) -> Tensor:
             with ExitStack() as stack:
                 theirs = None
                 if any(term.schema.teacher for term in terms):
-                    opened = teacher.head.opened(teacher.head_input.flatten(0, 1))
-                    theirs = stack.enter_context(opened)
+                    theirs = stack.enter_context(teacher.head.opened(entering(teacher)))
                 return torch.stack([t.function(ours, theirs, weight, labels) for t in terms])
 
-        found = student.head.within(student.head_input.flatten(0, 1), sums)
+        found = student.head.within(entering(student), sums)
         return dict(zip([term.name for term in terms], found.unbind(), strict=True))
 
     @staticmethod

@@ -252,7 +252,9 @@ def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[No
                 if isinstance(module, nn.Linear | Conv1D):
                     stack.callback(module.register_forward_hook(recorder.projection).remove)
         if needs.model & set(VECTOR_READS):
-            stack.callback(model.base_model.register_forward_hook(recorder.leave_base).remove)
+            # With a language model's head OPT goes around its base model to the decoder in it.
+            for base in {model.base_model, model.base_model.get_decoder()}:
+                stack.callback(base.register_forward_hook(recorder.leave_base).remove)
         token = RECORDING.set(recorder)
         stack.callback(RECORDING.reset, token)
         yield

@@ -18,9 +18,10 @@ from mlkd_dist.config import DataConfig, TaskConfig, UserError
 from mlkd_dist.data import prepare
 from mlkd_dist.head import Head
 from mlkd_dist.sources import read
+from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.tasks.causal_lm import packed
-from mlkd_dist.trace import Trace
+from mlkd_dist.trace import Needs, Trace, capture
 
 # w0 has the number 5; a text begins with [CLS], 2, and ends with [SEP], 3.
 TEMPLATE = (
@@ -232,8 +233,6 @@ def test_perplexity_is_that_of_the_model(tokenizer: PreTrainedTokenizerBase) -> 
     from test_trace import model_of
     from transformers import AutoModelForCausalLM
 
-    from mlkd_dist.trace import Needs, capture
-
     model = model_of("GPT2", "mlkd_tap_sdpa", AutoModelForCausalLM).eval()
     texts = ["w0 w1 w2 w3", "w4", "w5 w6"]
     losses = []
@@ -314,3 +313,52 @@ def test_packed_documents_are_as_alone(
         if true is not None:
             atol = (1e-12 if exact else 1e-6) * largest
             torch.testing.assert_close(mine, true, rtol=1e-6 if exact else 1e-3, atol=atol)
+
+
+LEVELS: dict[str, dict] = {
+    "embedding_relation": {"student_scale": 1.0, "teacher_scale": 1.0},
+    "attention_relation": {"of": ["query", "key", "value", "context"], "splits": 2},
+    "hidden_mse": {},
+    "sample_relation": {"of": "last", "normalize": True},
+    "sample_contrast": {"of": "mean"},
+    "soft_labels": {"kind": "reverse_kl"},
+    "hard_labels": {},
+}
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "Llama", "Qwen3"])
+def test_every_level_is_the_same_on_either_side_of_the_padding(
+    tokenizer: PreTrainedTokenizerBase, family: str
+) -> None:
+    """Loss and gradients of a student with fewer key heads than its teacher where the family groups
+    them, for texts padded to the right, to the left, and among longer ones that do not count."""
+    from test_head import language_model, objective_of
+
+    grouped = {"num_key_value_heads": 4} if family in ("Llama", "Qwen3") else {}
+    student = language_model(family, 1).double().eval()
+    teacher = language_model(family, 2, **grouped).double().eval()
+    objective = objective_of(LEVELS)
+    texts = ["w0 w1 w2 w3 w4", "w5 w6", "w7 w8 w9"]
+    long = " ".join(f"w{i}" for i in range(12))
+
+    def batch_padded(side: str) -> Batch:
+        if side == "more":
+            return batch_of(task_of(), tokenizer, {"text": [*texts, long]}, [True] * 3 + [False])
+        tokenizer.padding_side = side
+        return batch_of(task_of(), tokenizer, {"text": texts})
+
+    found = []
+    for side in ("left", "right", "more"):
+        batch = batch_padded(side)
+        with torch.no_grad():
+            seen = capture(teacher, teacher, batch.inputs, objective.needs(1), batch.labels)
+        rows, peers = objective.global_rows([batch]), objective.peers([batch], [seen], None)
+        loss, shares = Student(student, objective)(batch, seen, rows, peers, 0)
+        assert (shares > 1e-4).all(), dict(zip(LEVELS, shares, strict=True))
+        found.append((shares, torch.autograd.grad(loss, student.parameters())))
+    for shares, slopes in found[1:]:
+        # Sample terms are taken in fp32.
+        torch.testing.assert_close(shares, found[0][0], rtol=1e-5, atol=1e-6)
+        largest = max(slope.abs().max().item() for slope in slopes)
+        for mine, true in zip(slopes, found[0][1], strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6 * largest)

@@ -35,6 +35,12 @@ class Batch:
     keep: Tensor  # [B] bool, False for a sample that only fills the batch
     labels: Tensor | None  # [B] or [B, L], -100 where ignored
     label_keep: Tensor  # [B] or [B, L] bool, which rows of the logits count
+    # [n] the places of those rows. Found where the batch is made: on a GPU it would be waited for.
+    label_rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_rows is None:
+            self.label_rows = self.label_keep.flatten().nonzero().squeeze(1)
 
     @property
     def mask(self) -> Tensor:  # [B, L] bool
@@ -62,7 +68,8 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        return Batch(inputs, move(self.keep), move(self.labels), move(self.label_keep))
+        rest = (self.keep, self.labels, self.label_keep, self.label_rows)
+        return Batch(inputs, *map(move, rest))
 
 
 def load(kind: str) -> Any:

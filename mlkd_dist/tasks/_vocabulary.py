@@ -14,9 +14,12 @@ ROWS = 1024
 def token_outputs(trace: Trace, batch: Batch) -> dict[str, Tensor]:
     """Of every token that counts: what the model says, the negative log-probability of the truth,
     and the truth."""
-    labels = batch.labels[batch.label_keep]
+    labels, entering = (
+        tensor.flatten(0, 1).index_select(0, batch.label_rows)
+        for tensor in (batch.labels, trace.head_input)
+    )
     said, losses = [], []
-    with trace.head.opened(trace.head_input[batch.label_keep]) as rows:
+    with trace.head.opened(entering) as rows:
         for hidden, truth in zip(rows.hidden.split(ROWS), labels.split(ROWS), strict=True):
             logits = rows.of(hidden).logits()
             said.append(logits.argmax(-1).cpu())
