@@ -70,8 +70,8 @@ def prepare(
 
     @cache
     def raw(source: str) -> datasets.Dataset:
-        keys = getattr(task, "keys", None)
-        return read(source, task.columns, getattr(task, "label", None), keys)
+        label, structured = getattr(task, "label", None), getattr(task, "structured_label", False)
+        return read(source, task.columns, label, structured, getattr(task, "keys", None))
 
     # Raw rows are split, so that every tokenizer and max_length holds out the same ones.
     @cache

@@ -24,8 +24,8 @@ from mlkd_dist.metrics import Metrics
 from mlkd_dist.model import quiet, read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.preflight import check_start, prepared
-from mlkd_dist.run import Run, class_count, make_folder, on_first, source
-from mlkd_dist.schedule import learning_rate, total_steps
+from mlkd_dist.run import Run, class_count, headless_student, make_folder, on_first, source
+from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
@@ -66,8 +66,10 @@ def distill(config: Config, world: World) -> None:
     run = prepared(config, world, source(config))
     student_path = make_folder(config, world)
     evaluator = Evaluator(run)
-    # Its time is that of the student after, which is taken beside the teacher's.
-    before = evaluator(student_path, config.student.dtype, config.student.attention, timed=False)
+    # Its time is that of the student after, which is taken beside the teacher's. A student that is
+    # still to get its head says nothing yet.
+    given = (student_path, config.student.dtype, config.student.attention)
+    before = None if headless_student(run) else evaluator(*given, timed=False)
     train(run, student_path)
     report(evaluator, before)
 
@@ -94,6 +96,8 @@ def run_stage(run: Run, stage: StageConfig, index: int, student_path: str, first
     steps = total_steps(stage, sampler.steps_per_epoch)
     objective = stage_objective(run, stage, student_path)
     teacher = stage_teacher(run, objective)
+    # From here on; the teacher is as deep as all its layers need.
+    objective.opening = opening(f"stages[{index}]", stage, objective.layers, steps)
     student = Student(trainable(run, student_path), objective)
     load_projections(student.projections, run.folder / "projections.safetensors")
     lr = config.optim.lr if stage.lr is None else stage.lr
@@ -153,7 +157,8 @@ def train_step(
     traces = look_ahead(teacher, objective, micro_batches, metrics)
     vectors = sample_vectors(student, objective, micro_batches, seed)
     peers = objective.peers(micro_batches, traces, vectors)
-    lr = student.get_lr()[0]
+    metrics.open_terms, metrics.open_layers = objective.open_names, objective.open_layers()
+    lr, step_shares = student.get_lr()[0], []
     for index, batch in enumerate(micro_batches):
         seen = traces[index] if traces else observe(teacher, batch, metrics)
         seed_dropout(seed, objective.world, index)
@@ -162,7 +167,9 @@ def train_step(
         # Updates the weights after the last micro-batch only.
         student.step()
         metrics.add(shares)
-    metrics.step(student, step, lr, rows["sample"])
+        step_shares.append(shares)
+    changed = objective.end_step(step, torch.stack(step_shares).sum(0))
+    metrics.step(student, step, lr, rows["sample"], flush=changed)
 
 
 def observe(teacher: Teacher | None, batch: Batch, metrics: Metrics) -> Trace | None:

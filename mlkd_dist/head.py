@@ -114,7 +114,7 @@ def watched_head(model: PreTrainedModel) -> Iterator[Watcher]:
         parent._modules[name] = head
 
 
-def check_head(model: PreTrainedModel, path: str) -> None:
+def check_linear_head(model: PreTrainedModel, path: str) -> None:
     """ValueError for a model whose logits are not made by one matrix."""
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ValueError(

@@ -44,6 +44,7 @@ class Columns:
     source: str
     names: list[str]
     label: str | None
+    structured_label: bool = False
     keys: dict[str, str] = field(default_factory=dict)  # column -> what sets it, where a task says
 
     def key(self, name: str) -> str:
@@ -99,11 +100,13 @@ def read(
     source: str,
     columns: list[str],
     label: str | None = None,
+    structured_label: bool = False,
     keys: dict[str, str] | None = None,
 ) -> datasets.Dataset:
-    """The wanted columns of a source: no nulls, and text everywhere but in `label`."""
+    """The wanted columns of a source: no nulls, and text everywhere but in `label`, which holds
+    text or numbers, or keys and values."""
     place = locate(source)
-    wanted = Columns(source, list(columns), label, keys or {})
+    wanted = Columns(source, list(columns), label, structured_label, keys or {})
     if isinstance(place, Path) and place.suffix in (".jsonl", ".json"):
         return datasets.Dataset(_jsonl(place, wanted))
     if isinstance(place, HubName):
@@ -201,7 +204,8 @@ def _value(row: dict[str, Any], name: str, wanted: Columns, place: str) -> Any:
     value = row[name]
     if wanted.chats(name) and isinstance(value, list):
         value = json.dumps(value)
-    if not isinstance(value, str if name != wanted.label else str | int | float):
+    kinds = dict if wanted.structured_label else str | int | float
+    if not isinstance(value, str if name != wanted.label else kinds):
         raise wanted.wrong(name, place, json.dumps(value)[:60])
     if isinstance(value, str) and SURROGATE.search(value):
         raise wanted.wrong(name, place, "half a surrogate pair")

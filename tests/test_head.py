@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mlkd_dist import engine
 from mlkd_dist.engine import World
-from mlkd_dist.head import check_head
+from mlkd_dist.head import check_linear_head
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
@@ -88,7 +88,7 @@ def test_a_head_that_is_no_matrix_is_refused() -> None:
     model = language_model("Llama")
     model.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 64))
     with pytest.raises(ValueError, match="'x': LlamaForCausalLM makes its logits by something"):
-        check_head(model, "x")
+        check_linear_head(model, "x")
 
 
 # A soft cap, tied embeddings and fewer entries on one side, a bias on the other.

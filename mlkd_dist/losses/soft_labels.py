@@ -30,7 +30,7 @@ def soft_labels(
     beta: float | None = None,
     squared_temperature: bool = False,
     truncate: bool = False,
-) -> Tensor:  # [B] or [B, L]
+) -> Tensor:  # [B], [B, L] or [B, 2]
     """The divergence of Q from P, P = softmax(teacher.logits / T) over the last dimension, T the
     temperature; Q is the student's likewise.
 
@@ -60,7 +60,8 @@ def soft_labels(
         )
     if not temperature > 0:
         raise ValueError(f"soft_labels: temperature={temperature}; it must be greater than 0.")
-    if len(shape) == 3:
+    # One row per token; spans have two rows, and rule padding out themselves.
+    if shape[:-1] == tuple(student.mask.shape):
         logits = [drop_masked(z, student.mask) for z in logits]
     student_scores, teacher_scores = (z / temperature for z in logits)
     if shape[-1] == 1:

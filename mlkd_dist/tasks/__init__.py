@@ -4,6 +4,7 @@ text becomes a batch, which rows of the logits count, and how well a model does 
 Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
 
     columns                       raw columns it reads
+    structured_label              True: its label column holds keys and values; may be left out
     model_class                   the transformers Auto class of its models
     reads                         what an evaluation takes from a trace
     vocabulary                    whether its models have a row of logits per token
@@ -35,7 +36,9 @@ class Batch:
     keep: Tensor  # [B] bool, False for a sample that only fills the batch
     labels: Tensor | None  # [B] or [B, L], -100 where ignored
     label_keep: Tensor  # [B] or [B, L] bool, which rows of the logits count
-    # [n] the places of those rows. Found where the batch is made: on a GPU it would be waited for.
+    rows: list[dict[str, Any]] | None = None  # as encoded, where an evaluation looks at them again
+    # [n] the places of those that count in labels. Found where the batch is made: on a GPU it would
+    # be waited for.
     label_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -68,8 +71,9 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        rest = (self.keep, self.labels, self.label_keep, self.label_rows)
-        return Batch(inputs, *map(move, rest))
+        labels, label_keep = move(self.labels), move(self.label_keep)
+        label_rows = move(self.label_rows)
+        return Batch(inputs, move(self.keep), labels, label_keep, self.rows, label_rows)
 
 
 def load(kind: str) -> Any:
