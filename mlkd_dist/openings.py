@@ -1,13 +1,14 @@
 """What `open` of a stage may say, and with which losses."""
 
 from dataclasses import fields
+from typing import Any
 
 from mlkd_dist.allowed import at_least, one_of, share
-from mlkd_dist.config import OpenConfig, StageConfig, StudentConfig, UserError
+from mlkd_dist.config import OpenConfig, UserError
 from mlkd_dist.schema import loss_schema
 
 
-def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
+def check_open(where: str, rule: OpenConfig, losses: dict[str, dict[str, Any]]) -> None:
     """Fills in the defaults, too."""
     one_of(f"{where}.open.rule", rule.rule, ["all", "pid", "sid"])
     if rule.rule == "all":
@@ -30,6 +31,13 @@ def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
             f"{where}.open: {rule.rule} opens layer after layer, and at last leaves only the "
             f"losses without layers, but there is no loss {lacking}; add one, or remove open."
         )
+    # They would get no gradient at all, and ZeRO-3 then takes that of an earlier step again.
+    local = [name for name, given in losses.items() if given.get("input") == "teacher"]
+    if local and rule.rule == "pid":
+        raise UserError(
+            f"{where}.open.rule: pid goes on to the next layer, and {local[0]} with input: "
+            f"teacher then leaves the layers below without a gradient; use sid, or input: own."
+        )
     if rule.threshold is None:
         rule.threshold = 0.05 if "cls_cosine" in losses else 0.0
     if rule.threshold and "cls_cosine" not in losses:
@@ -43,19 +51,3 @@ def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
     at_least(f"{where}.open.check_every", rule.check_every, 1)
     if rule.classifier is not None:
         share(f"{where}.open.classifier", rule.classifier)
-
-
-def check_local_losses(where: str, stage: StageConfig, student: StudentConfig) -> None:
-    """A loss on matrices with the teacher's input reaches its own layer only, so under pid the
-    layers below get no gradient any more. Where gradients are sharded with the weights, or rest on
-    the CPU, DeepSpeed then takes those of an earlier step."""
-    rule, keeps = stage.open, student.zero_stage == 3 or student.offload == "cpu"
-    if rule is None or rule.rule != "pid" or rule.keep_soft_labels or not keeps:
-        return
-    for name, options in stage.losses.items():
-        if options.get("input") == "teacher":
-            raise UserError(
-                f"{where}.losses.{name}.input: teacher with the rule pid leaves closed layers "
-                f"without a gradient, which student.zero_stage 3 and student.offload cpu cannot "
-                f"have; use the rule sid, or open.keep_soft_labels=true."
-            )
