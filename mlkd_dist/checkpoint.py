@@ -22,6 +22,7 @@ from mlkd_dist import commit
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
+from mlkd_dist.low_rank import save
 from mlkd_dist.shards import read_shards, shapes, write_shard
 
 PROJECTIONS = "projections.safetensors"
@@ -316,7 +317,7 @@ def export(
     folder: Path,
 ) -> None:
     """The trained weights for `AutoModel*.from_pretrained(folder)`."""
-    model.save_pretrained(folder, state_dict=weights)
+    save(model, folder, weights)
     tokenizer.save_pretrained(folder)
 
 

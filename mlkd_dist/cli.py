@@ -1,10 +1,11 @@
-"""`mlkd`: distill, finetune, evaluate. Outside a launcher it starts deepspeed's for more than one
-process."""
+"""`mlkd`: distill, finetune, evaluate, export. Outside a launcher it starts deepspeed's for more
+than one process."""
 
 import argparse
 import json
 import os
 import sys
+from typing import Any
 
 from mlkd_dist import __version__
 from mlkd_dist.config import Config, UserError, load
@@ -33,7 +34,10 @@ def main() -> int:
             metavar="key=value",
             help="over the file, for example optim.lr=1e-4",
         )
+    add_export(commands)
     given = parser.parse_args()
+    if given.command == "export":
+        return run_export(given)
     path = given.config
     if given.command == "evaluate" and os.path.isdir(path):
         # The folder may have been moved since it was written.
@@ -53,6 +57,27 @@ def main() -> int:
     from mlkd_dist.distill import main as program
 
     return program(words)
+
+
+def add_export(commands: Any) -> None:
+    text = "read a run's student back, copy it, or merge its factors into an ordinary folder"
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument("run", help="the run's folder")
+    command.add_argument("out", nargs="?", help="a new folder; without it the export is read only")
+    command.add_argument(
+        "--dense", action="store_true", help="merge factors; OUT is then RUN/export-dense"
+    )
+
+
+def run_export(given: argparse.Namespace) -> int:
+    from mlkd_dist.export import export
+
+    try:
+        print(export(given.run, given.out, given.dense))
+        return 0
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
 
 
 def launch(config: Config, words: list[str]) -> int:

@@ -82,7 +82,7 @@ def commit(root: Path, name: str, manifest: dict[str, Any]) -> None:
 
 def manifest_text(manifest: dict[str, Any]) -> str:
     """With its own hash on a second line: a changed byte anywhere shows."""
-    line = json.dumps({"format": FORMAT, **manifest}, sort_keys=True, allow_nan=False)
+    line = json.dumps({"format": FORMAT, **manifest}, sort_keys=True)
     return f"{line}\n{xxhash.xxh3_128_hexdigest(line.encode())}\n"
 
 

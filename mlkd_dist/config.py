@@ -99,12 +99,27 @@ class FromTeacherConfig:
 
 
 @dataclass
+class LowRankConfig:
+    keep: float = 0.5
+    """Share of the numbers of all factorised matrices that their factors may have."""
+    matrices: list[str] | None = None
+    """Which of a layer's matrices: query, key, value, output, gate, up, down; default: all."""
+    embeddings: bool = False
+    """Factorise the word embeddings too; they then count in `keep`."""
+    budget: str = "ratio"
+    """ratio: the same share of each matrix. energy: ranks by the singular values of all matrices
+    together, at the same total."""
+
+
+@dataclass
 class StudentConfig:
     path: str | None = None
     """Hugging Face folder, `package:NAME/sub/path`, or hub name; or make the student with
-    from_teacher."""
+    from_teacher, low_rank or both."""
     from_teacher: FromTeacherConfig | None = None
     """Cut the student out of the teacher."""
+    low_rank: LowRankConfig | None = None
+    """Factorise the matrices of the teacher, or of what from_teacher cuts out of it."""
     dtype: str = "fp32"
     """Type of the weights in forward and backward: fp32, or bf16 with fp32 master weights."""
     zero_stage: int = 2
@@ -123,11 +138,14 @@ class StudentConfig:
 @dataclass
 class TaskConfig:
     kind: str = "embedding"
-    """embedding, classification or masked_lm."""
+    """embedding, classification, regression, question_answering or masked_lm."""
     pooling: str | None = None
     """embedding: how a sentence vector is made: mean (default), cls or last."""
     labels: int | None = None
     """classification: number of classes; default: that of the teacher's head."""
+    stride: int | None = None
+    """question_answering: tokens by which two windows of a long passage overlap; default a third of
+    data.max_length."""
     mask_probability: float | None = None
     """masked_lm: share of the tokens that are hidden (default 0.15)."""
 
@@ -144,9 +162,10 @@ class DataConfig:
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None
-    """Column of the second text, for sentence pairs."""
+    """Column of the second text, for sentence pairs; for question_answering, of the passage."""
     label: str = "label"
-    """Column of the class number, for classification."""
+    """Column of the class number; for regression, of the number; for question_answering, of the
+    answers {"text": [...], "answer_start": [...]}."""
     max_length: int = 128
     """Tokens after which a text is cut."""
     pack: bool = False
@@ -155,6 +174,26 @@ class DataConfig:
     """Processes per rank that collate batches; 0 collates in the training process."""
     cache: str | None = None
     """Folder of the tokenised data; default $MLKD_CACHE, else ~/.cache/mlkd_dist."""
+
+
+@dataclass
+class OpenConfig:
+    rule: str = "all"
+    """Which layers' losses count: all; pid, those of one layer at a time, from the bottom up; sid,
+    the same, and those of the layers before it stay. After the last layer come the losses without
+    layers."""
+    threshold: float | None = None
+    """pid and sid: the next layer opens when the mean cls_cosine of the open ones falls below this;
+    0: never before its turn. Default 0.05 (our reading), 0 without cls_cosine."""
+    classifier: float | None = None
+    """pid and sid: share of the steps that the losses without layers get at the end; the layers get
+    equal parts of the rest. Default 1/(layers + 1)."""
+    keep_soft_labels: bool | None = None
+    """pid and sid: soft labels, and whatever loss has no layers, count from the first step on;
+    default false: in the classifier's share only."""
+    check_every: int | None = None
+    """pid and sid: steps between two looks at the threshold, each of which waits for the device;
+    default 10."""
 
 
 @dataclass
@@ -170,6 +209,8 @@ class StageConfig:
     mlkd_dist/losses/<name>.py."""
     layers: Any = "uniform"
     """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
+    open: OpenConfig | None = None
+    """When the losses of which layers count; default: all of them at every step."""
     lr: float | None = None
     """Peak learning rate of this stage; default optim.lr."""
 

@@ -73,7 +73,8 @@ def prepare(
 
     @cache
     def raw(source: str) -> datasets.Dataset:
-        return read(source, task.columns, getattr(task, "label", None))
+        label = getattr(task, "label", None)
+        return read(source, task.columns, label, getattr(task, "structured_label", False))
 
     # Raw rows are split, so that every tokenizer and max_length holds out the same ones.
     @cache

@@ -43,8 +43,8 @@ from mlkd_dist.model import quiet, read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.preflight import check_start, prepared
 from mlkd_dist.resume import open_run
-from mlkd_dist.run import FINISHED, Run, alone, class_count, on_first, source
-from mlkd_dist.schedule import learning_rate, total_steps
+from mlkd_dist.run import FINISHED, Run, alone, class_count, headless_student, on_first, source
+from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import REQUEUE, SIGNALLED, tell
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
@@ -115,6 +115,9 @@ def whole_run(config: Config, world: World, found: str, compare: bool) -> None:
         student_path, checkpoints, at = open_run(run, found)
         evaluator = Evaluator(run)
 
+        # A student that is still to get its head says nothing yet.
+        compare = compare and not headless_student(run)
+
         def before() -> Any:
             # Its time is that of the student after, which is taken beside the teacher's.
             student = config.student
@@ -163,6 +166,8 @@ def run_stage(
     steps = total_steps(stage, sampler.steps_per_epoch)
     objective = stage_objective(run, stage, student_path)
     teacher = stage_teacher(run, objective)
+    # From here on; the teacher is as deep as all its layers need.
+    objective.opening = opening(f"stages[{at.stage}]", stage, objective.layers, steps)
     student = Student(trainable(run, student_path), objective)
     if begun:
         load_projections(student.projections, begun / PROJECTIONS)
@@ -185,7 +190,7 @@ def run_stage(
         at.step,
     )
     # What else a checkpoint of this stage carries.
-    kept: dict[str, Stateful] = {}
+    kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
     if at.name is not None:
         metrics.go_on(checkpoints.load(at, engine, kept))
     watch.begin_stage(engine.skipped_steps)
@@ -276,7 +281,8 @@ def train_step(
     traces = look_ahead(teacher, objective, micro_batches, metrics)
     vectors = sample_vectors(student, objective, micro_batches, seed)
     peers = objective.peers(micro_batches, traces, vectors)
-    lr = student.get_lr()[0]
+    metrics.open_terms, metrics.open_layers = objective.open_names, objective.open_layers()
+    lr, step_shares = student.get_lr()[0], []
     for index, batch in enumerate(micro_batches):
         seen = traces[index] if traces else observe(teacher, batch, metrics)
         seed_dropout(seed, objective.world, index)
@@ -285,7 +291,9 @@ def train_step(
         # Updates the weights after the last micro-batch only.
         student.step()
         metrics.add(shares)
-    metrics.step(student, step, lr, rows["sample"])
+        step_shares.append(shares)
+    changed = objective.end_step(step, torch.stack(step_shares).sum(0))
+    metrics.step(student, step, lr, rows["sample"], flush=changed)
 
 
 def observe(teacher: Teacher | None, batch: Batch, metrics: Metrics) -> Trace | None:

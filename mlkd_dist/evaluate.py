@@ -11,7 +11,8 @@ from mlkd_dist.commit import write_whole
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import DTYPES, barrier, gather_objects
-from mlkd_dist.model import parameter_count
+from mlkd_dist.low_rank import HOW_TO_LOAD, ranks_of
+from mlkd_dist.model import parameter_count, read_config
 from mlkd_dist.run import Run
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
@@ -137,5 +138,7 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         write_whole(run.folder / "report.json", json.dumps(told, indent=2) + "\n")
         print(f"\n{table(columns, config.batch.evaluation)}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")
+        if ranks_of(read_config(str(run.folder / "export"))):
+            print(HOW_TO_LOAD.replace("\n", " "))
         print(f"curves: tensorboard --logdir {run.folder / 'tb'}", flush=True)
     barrier()

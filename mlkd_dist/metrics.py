@@ -76,6 +76,8 @@ class Metrics:
         self.sums = torch.zeros(len(terms), device=world.device)
         self.samples = torch.zeros((), device=world.device)
         self.since, self.pending = time.perf_counter(), 0
+        # What counts now: terms, and layers as Objective.open_layers tells them.
+        self.open_terms, self.open_layers = terms, {}
         self.terminal = sys.stderr.isatty()
         if world.first:
             self.file = (folder / "metrics.jsonl").open("a")
@@ -105,14 +107,16 @@ class Metrics:
         """One micro-batch's share of every term."""
         self.sums += shares
 
-    def step(self, engine: Engine, step: int, lr: float, samples: Tensor) -> None:
+    def step(
+        self, engine: Engine, step: int, lr: float, samples: Tensor, flush: bool = False
+    ) -> None:
         """Optimizer step number `step` of this stage, from 0, is done; `samples` of all processes
-        counted in it."""
+        counted in it. With `flush` it is logged, whatever the interval."""
         self.samples += samples
         self.pending += 1
         if self.world.first:
             self.bar.update()
-        if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
+        if flush or (step + 1) % self.log_every == 0 or step + 1 == self.steps:
             self.flush(engine, step, lr)
 
     def flush(self, engine: Engine, step: int, lr: float) -> None:
@@ -125,8 +129,11 @@ class Metrics:
         if self.world.first:
             row = {"loss/total": float((values * self.weights).sum())}
             row |= {
-                f"loss/{name}": float(value) for name, value in zip(self.terms, values, strict=True)
+                f"loss/{name}": float(value)
+                for name, value in zip(self.terms, values, strict=True)
+                if name in self.open_terms
             }
+            row |= self.open_layers
             row |= {
                 "lr": lr,
                 "grad_norm": None if norm is None else float(norm),
@@ -158,6 +165,8 @@ class Metrics:
         )
         if row["skipped_steps"]:
             losses += f"  skipped {row['skipped_steps']}"
+        if opened := [key.removeprefix("open/") for key in self.open_layers if row[key]]:
+            losses += f"  open: {' '.join(opened)}"
         if self.terminal:
             self.bar.set_postfix_str(losses)
             return

@@ -16,6 +16,7 @@ from transformers import (
 
 from mlkd_dist.config import UserError, resolve_path
 from mlkd_dist.engine import DTYPES, sharded_loading
+from mlkd_dist.low_rank import loadable
 from mlkd_dist.trace import TAP, check_readable
 
 
@@ -43,6 +44,13 @@ def read_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise UserError(
             f"model {path!r}: its tokenizer cannot be read: {first_line(error)}"
         ) from error
+
+
+def lacks_head(config: PreTrainedConfig, model_class: Any) -> bool:
+    """Whether the folder of this config holds a model without the head that `model_class` has, as
+    far as the config says what it holds."""
+    head = model_class.__name__.removeprefix("AutoModel")
+    return not any(name.endswith(head) for name in config.architectures or [head])
 
 
 def first_line(error: Exception) -> str:
@@ -113,9 +121,10 @@ def load_model(
             f"model {path!r} caps its attention scores, which {attention} leaves out; set "
             f"attention: eager."
         )
+    source, more = loadable(model_class, config, trust_remote_code)
     with sharded_loading(zero_stage, ds_config or {}):
         try:
-            model, info = model_class.from_pretrained(
+            model, info = source.from_pretrained(
                 resolve_path(path),
                 config=copy.deepcopy(config),
                 dtype=DTYPES[dtype],
@@ -124,6 +133,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 device_map=None if weights else "meta",
                 ignore_mismatched_sizes=not weights,
+                **more,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error

@@ -10,6 +10,7 @@ micro-batches.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from mlkd_dist.engine import World, all_gather, all_reduce
 from mlkd_dist.layer_map import Pairs, layer_pairs
 from mlkd_dist.losses import load
+from mlkd_dist.schedule import Opening
 from mlkd_dist.schema import LossSchema, loss_schema
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import LAYER_READS, Needs, Samples, Trace
@@ -60,15 +62,27 @@ class Term:
         """Which of ROW_KINDS the sum is divided by."""
         return "sample" if self.options.get("average") == "sample" else self.schema.rows
 
-    def needs(self, side: int) -> Needs:
-        """Of the student (side 0) or the teacher (side 1)."""
+    def needs(self, side: int, pairs: Pairs) -> Needs:
+        """Of the student (side 0) or the teacher (side 1), of these of its layer pairs."""
         if side == 1 and not self.schema.teacher:
             return Needs()
         reads = frozenset(self.schema.read_by(self.options))
+        if self.schema.scope == "module":
+            return Needs(
+                matrices={pair[side]: self.matrix_reads(side, reads) for pair in self.pairs}
+            )
         if self.schema.scope != "layer":
             return Needs(model=reads)
         assert reads <= set(LAYER_READS), reads
-        return Needs(layers={pair[side]: reads for pair in self.pairs})
+        return Needs(layers={pair[side]: reads for pair in pairs})
+
+    def matrix_reads(self, side: int, roles: frozenset[str]) -> frozenset[tuple[str, str]]:
+        """With the teacher's input, the student's matrices are applied once more."""
+        if self.options["input"] == "own":
+            fields = ["output"]
+        else:
+            fields = ["apply"] if side == 0 else ["input", "output"]
+        return frozenset(product(roles, fields))
 
     def projection_key(self, student_layer: int | None = None) -> str:
         shared = student_layer is None or self.options["shared_projection"]
@@ -100,13 +114,15 @@ class Objective:
         world: World,
     ):
         self.world, self.student, self.teacher = world, student, teacher
+        # Which terms count at the present step; None: all of them.
+        self.opening: Opening | None = None
         self.terms = [
             Term(name, options, backend, self.pairs_of(name, options, layers))
             for name, options in losses.items()
         ]
 
     def pairs_of(self, name: str, options: dict[str, Any], layers: Any) -> Pairs:
-        if loss_schema(name).scope != "layer":
+        if not loss_schema(name).in_pairs:
             return []
         return layer_pairs(options["layers"] or layers, self.student.layers, self.teacher.layers)
 
@@ -115,14 +131,58 @@ class Objective:
         return [term.name for term in self.terms]
 
     @property
+    def layers(self) -> list[int]:
+        """Student layers that a term reads, from the bottom up."""
+        return sorted({pair[0] for term in self.terms for pair in term.pairs})
+
+    def open_pairs(self, term: Term) -> Pairs:
+        if self.opening is None:
+            return term.pairs
+        return [pair for pair in term.pairs if pair[0] in self.opening.open]
+
+    def is_open(self, term: Term) -> bool:
+        if self.opening is None:
+            return True
+        if term.schema.in_pairs:
+            return bool(self.open_pairs(term))
+        return self.opening.predicts
+
+    @property
+    def open_names(self) -> list[str]:
+        return [term.name for term in self.terms if self.is_open(term)]
+
+    def open_layers(self) -> dict[str, float]:
+        """For the logs: 1 for what counts at this step, else 0; nothing where all always does."""
+        if self.opening is None:
+            return {}
+        now = {f"open/layer_{k}": float(k in self.opening.open) for k in self.opening.layers}
+        return now | {"open/prediction": float(self.opening.predicts)}
+
+    def end_step(self, step: int, shares: Tensor) -> bool:  # [terms] of this process's whole step
+        """Lets the next layer open when it is time; True where that changed what counts."""
+        if self.opening is None:
+            return False
+        watched = self.opening.watches and "cls_cosine" in self.open_names
+        cosine = self.mean_cosine(shares) if watched else None
+        return self.opening.end_step(step, cosine)
+
+    def mean_cosine(self, shares: Tensor) -> Tensor:
+        """The cosine loss per open layer pair, of all processes. Stays on the device."""
+        index = self.names.index("cls_cosine")
+        term, total = self.terms[index], all_reduce(shares[index].clone())
+        pairs = len(self.open_pairs(term)) if term.options["sum_layers"] == "sum" else 1
+        return total / max(pairs, 1)
+
+    @property
     def batch_terms(self) -> list[Term]:
-        """Terms that compare the samples of the whole step with one another."""
-        return [term for term in self.terms if term.schema.scope == "batch"]
+        """Open terms that compare the samples of the whole step with one another."""
+        return [t for t in self.terms if t.schema.scope == "batch" and self.is_open(t)]
 
     def needs(self, side: int) -> Needs:
+        """Of the student (side 0) or the teacher (side 1), for the open terms."""
         needs = Needs()
-        for term in self.terms:
-            needs = needs.union(term.needs(side))
+        for term in filter(self.is_open, self.terms):
+            needs = needs.union(term.needs(side, self.open_pairs(term)))
         return needs
 
     @property
@@ -184,8 +244,9 @@ class Objective:
             term.name: gathered([vectors[term.name] for vectors in student]) if student else None
             for term in self.batch_terms
         }
-        labelled = batches[0].labels is not None and batches[0].labels.ndim == 1
-        labels = gathered([batch.labels for batch in batches]) if labelled else None
+        given = batches[0].labels
+        classes = given is not None and given.ndim == 1 and not given.is_floating_point()
+        labels = gathered([batch.labels for batch in batches]) if classes else None
         keep = gathered([batch.keep.to(torch.uint8) for batch in batches]).bool()
         return Peers(ours, teacher, keep, labels)
 
@@ -224,13 +285,29 @@ class Objective:
         terms of the global batch."""
         losses, shares = [], []
         for term in self.terms:
-            if term.schema.scope == "batch":
+            if not self.is_open(term):
+                sums = share = torch.zeros((), device=batch.keep.device)
+            elif term.schema.scope == "batch":
                 sums, share = self.batch_sums(term, student, projections, peers, index)
             else:
                 sums = share = self.sums(term, student, teacher, batch, projections)
             losses.append(term.options["weight"] * sums / rows[term.divisor])
             shares.append(share.detach() / rows[term.divisor])
-        return torch.stack(losses).sum(), torch.stack(shares)
+        idle = self.idle_projections(projections)
+        return torch.stack([*losses, *idle]).sum(), torch.stack(shares)
+
+    def idle_projections(self, projections: nn.ModuleDict) -> list[Tensor]:
+        """A zero, with a gradient of zero, from each projection that no open term uses: where a
+        parameter gets none at all, DeepSpeed's ZeRO-3 takes that of an earlier step again."""
+        used = set()
+        for term in filter(self.is_open, self.terms):
+            layers = [pair[0] for pair in self.open_pairs(term)] or [None]
+            used |= {term.projection_key(layer) for layer in layers if term.schema.projection}
+        return [
+            linear(linear.weight.new_zeros(1, linear.in_features)).float().sum()
+            for key, linear in projections.items()
+            if key not in used
+        ]
 
     def sums(
         self,
@@ -244,13 +321,14 @@ class Objective:
         weight = self.row_weight(term, batch)
         if term.schema.scope == "trace":
             read = (student, teacher) if term.schema.teacher else (student,)
-            return weighted_sum(term.function(*read), weight)
-        total = torch.zeros((), device=weight.device)
-        for ours, theirs in term.pairs:
+            extra = (self.projected(term, projections),) if term.schema.projection else ()
+            return weighted_sum(term.function(*read, *extra), weight)
+        total, pairs = torch.zeros((), device=weight.device), self.open_pairs(term)
+        for ours, theirs in pairs:
             read = (student.layers[ours], teacher.layers[theirs])
             extra = (self.projected(term, projections, ours),) if term.schema.projection else ()
             total = total + weighted_sum(term.function(*read, *extra), weight)
-        return total / len(term.pairs) if term.options["sum_layers"] == "mean" else total
+        return total / len(pairs) if term.options["sum_layers"] == "mean" else total
 
     @staticmethod
     def row_weight(term: Term, batch: Batch) -> Tensor:  # [B] or [B, L]

@@ -4,19 +4,26 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
-from mlkd_dist.config import Config, UserError
-from mlkd_dist.data import prepare
+from mlkd_dist.config import Config, FromTeacherConfig, UserError
+from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
 from mlkd_dist.finetune import with_finetuned_teacher
+from mlkd_dist.layer_map import layer_pairs
+from mlkd_dist.linears import matrix_sizes
+from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
-from mlkd_dist.run import Run, class_count, on_first, standing, user_errors
+from mlkd_dist.roles import FAMILIES
+from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
+from mlkd_dist.schedule import opening, total_steps
+from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.sources import read as read_source
-from mlkd_dist.trace import check_readable
+from mlkd_dist.student import cut_config
+from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_kernels import choose
 
 
@@ -76,19 +83,25 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         return tokenizer, train, held_out
 
     def read_and_check() -> None:
-        check_shapes_of_models(config, student_path)
+        shapes = check_shapes_of_models(config, student_path)
+        check_low_rank(config, task.model_class)
         tokenizer, train, held_out = read()
+        check_openings(config, world, len(train), *shapes)
         run = Run(config, world, task, tokenizer, train, held_out)
+        check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
+        if config.task.kind == "regression":
+            check_one_output(run, student_path)
         check_weights(run, student_path)
 
     on_first(world, user_errors(read_and_check))
     return Run(config, world, task, *read())
 
 
-def check_shapes_of_models(config: Config, student_path: str) -> None:
-    """Widths, layers and positions, of hub models too."""
+def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | None, Shape | None]:
+    """Widths, layers, positions and attention maps, of hub models too; returns the shapes of
+    teacher and student."""
     shapes: dict[str, Shape] = {}
     for key, path in (("teacher.path", config.teacher.path), ("student.path", student_path)):
         if path is None:
@@ -102,34 +115,128 @@ def check_shapes_of_models(config: Config, student_path: str) -> None:
                 f"data.max_length: {config.data.max_length} is more than the {limit} tokens "
                 f"{path!r} takes; use {limit} or less."
             )
-    check_shapes(config, shapes.get("teacher.path"), shapes["student.path"])
+        check_maps(config, path, found)
+    teacher = shapes.get("teacher.path")
+    return teacher, check_shapes(config, teacher, shapes["student.path"])
+
+
+def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
+    """That a loss on attention maps would see the model's own: those that softmax makes of all
+    scores of the tokens before, or of all tokens."""
+    losses = [name for stage in config.stages for name in stage.losses]
+    name = next((name for name in losses if loss_schema(name).same_heads), None)
+    if name is None:
+        return
+    if getattr(found, "attn_logit_softcapping", None):
+        raise UserError(
+            f"losses.{name}: model {path!r} caps its attention scores, so its attention maps are "
+            f"not made of queries and keys alone; use attention_relation."
+        )
+    # What `local_attention` counts lies half before a token and half behind it.
+    both_ways = getattr(found, "local_attention", None) or 0
+    windows = [getattr(found, "sliding_window", None), both_ways // 2]
+    window = min((size for size in windows if size), default=None)
+    if window is not None and config.data.max_length > window:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} is more than the {window} tokens that "
+            f"layers of {path!r} look back, and {name} compares whole attention maps; use {window} "
+            f"or less, or attention_relation."
+        )
+
+
+def check_openings(
+    config: Config, world: World, rows: int, teacher: Shape | None, student: Shape | None
+) -> None:
+    """That a stage which opens layer after layer has a step for each."""
+    if teacher is None or student is None or not (teacher.known and student.known):
+        return
+    batch = config.batch
+    sampler = Sampler(rows, batch.micro_batch, batch.grad_accum, 0, world.size, seed=0)
+    for index, stage in enumerate(config.stages):
+        layers = {
+            ours
+            for name, options in stage.losses.items()
+            if loss_schema(name).in_pairs
+            for ours, _ in layer_pairs(
+                options["layers"] or stage.layers, student.layers, teacher.layers
+            )
+        }
+        steps = total_steps(stage, sampler.steps_per_epoch)
+        opening(f"stages[{index}]", stage, sorted(layers), steps)
+
+
+def check_low_rank(config: Config, model_class: Any) -> None:
+    """That the student has the matrices which are to be factorised, and that each has a rank."""
+    student, trust = config.student, config.trust_remote_code
+    if student.low_rank is None:
+        return
+    found = cut_config(
+        read_config(config.teacher.path, trust), student.from_teacher or FromTeacherConfig()
+    )
+    check_plan(check_kind(config, model_class, config.teacher.path, found), student.low_rank)
 
 
 def check_weights(run: Run, student_path: str) -> None:
-    """That the models' folders hold all weights, without reading them."""
+    """That the models' folders hold all weights, without reading them, and that the losses find the
+    matrices that they read."""
     config, labels = run.config, class_count(run)
     models = {student_path: config.student}
     if config.teacher.path is not None:
         models[config.teacher.path] = config.teacher
+    loaded = {}
     for path, settings in models.items():
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
         check_kind(config, run.task.model_class, path, found)
-        load_model(
+        loaded[path] = load_model(
             run.task.model_class,
             path,
             config=found,
             dtype="fp32",
             attention=settings.attention,
-            new_head=labels is not None,
+            new_head=labels is not None and path == student_path,
             trust_remote_code=config.trust_remote_code,
             weights=False,
         )
+    for index, stage in enumerate(config.stages):
+        for name, options in stage.losses.items():
+            if loss_schema(name).scope == "module":
+                models = loaded[config.teacher.path], loaded[student_path]
+                check_matrices(f"stages[{index}].losses.{name}", options["of"], *models)
 
 
-def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedConfig) -> None:
-    """That transformers has this model for the task, and that it can be read."""
+def check_matrices(
+    where: str, of: list[str] | None, teacher: PreTrainedModel, student: PreTrainedModel
+) -> None:
+    """That both models have these matrices, of the same sizes; `of` None: all they have."""
+    theirs, ours = (matrix_sizes(layer_modules(model)[0]) for model in (teacher, student))
+    for model, found in ((teacher, theirs), (student, ours)):
+        if not found:
+            raise UserError(
+                f"{where}: the matrices of {type(model).__name__} are not known by name; use "
+                f"models like {FAMILIES}."
+            )
+        for role in of or theirs | ours:
+            if role not in found:
+                raise UserError(
+                    f"{where}.of: {type(model).__name__} has no matrix {role}; both models must "
+                    f"have what is compared, and it has {', '.join(found)}."
+                )
+    for role in of or theirs:
+        if theirs[role] != ours[role]:
+            raise UserError(
+                f"{where}: {role} maps {theirs[role][0]} to {theirs[role][1]} numbers in the "
+                f"teacher and {ours[role][0]} to {ours[role][1]} in the student; use a student "
+                f"with matrices of the same sizes (student.low_rank)."
+            )
+
+
+def check_kind(
+    config: Config, model_class: Any, path: str, found: PreTrainedConfig
+) -> PreTrainedModel:
+    """That transformers has this model for the task, and that it can be read; returns it without
+    weights."""
     try:
         with torch.device("meta"):
             model = model_class.from_config(
@@ -141,6 +248,33 @@ def check_kind(config: Config, model_class: Any, path: str, found: PreTrainedCon
             f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
         ) from error
     check_readable(model, path)
+    return model
+
+
+def check_head(run: Run) -> None:
+    """That a student without the task's head gets one that is trained."""
+    config = run.config
+    trains = any(loss_schema(name).rows == "label" for s in config.stages for name in s.losses)
+    if headless_student(run) and class_count(run) is not None and not trains:
+        raise UserError(
+            f"student.path: {config.student.path!r} has no head for the task {config.task.kind}, "
+            f"and no stage trains one; add the loss soft_labels or hard_labels, or use a model "
+            f"with a head."
+        )
+
+
+def check_one_output(run: Run, student_path: str) -> None:
+    """That the models say one number each."""
+    config = run.config
+    if class_count(run) is not None:
+        student_path = None
+    for path in filter(None, (config.teacher.path, student_path)):
+        found = read_config(path, config.trust_remote_code)
+        if found.num_labels != 1:
+            raise UserError(
+                f"model {path!r} has {found.num_labels} classes, and task.kind regression needs "
+                f"one output; use a model trained for it, or make one with teacher.finetune."
+            )
 
 
 def check_classes(run: Run, student_path: str) -> None:
@@ -150,10 +284,11 @@ def check_classes(run: Run, student_path: str) -> None:
     teacher = (
         read_config(config.teacher.path, config.trust_remote_code) if config.teacher.path else None
     )
-    if teacher is not None and teacher.num_labels != student.num_labels:
+    ours = class_count(run) or student.num_labels
+    if teacher is not None and teacher.num_labels != ours:
         raise UserError(
             f"teacher {config.teacher.path!r} has {teacher.num_labels} classes and student "
-            f"{student_path!r} {student.num_labels}; use models of the same task, or "
+            f"{student_path!r} {ours}; use models of the same task, or "
             f"student.from_teacher."
         )
     if teacher is not None and config.task.labels not in (None, teacher.num_labels):

@@ -17,6 +17,7 @@ from mlkd_dist import commit, tasks
 from mlkd_dist import config as configs
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.engine import World, broadcast_object
+from mlkd_dist.model import lacks_head, read_config
 from mlkd_dist.settings import differences, mathematics, paths, read_back
 from mlkd_dist.student import make_student
 
@@ -34,8 +35,12 @@ RUN_FILES = (
     "checkpoints",
     "export",
     "export.partial",
+    "export-dense",
+    "export-dense.partial",
     "projections.safetensors",
 )
+# Outputs of the heads whose task leaves no choice: a number; the start and the end of a span.
+FIXED_HEADS = {"regression": 1, "question_answering": 2}
 
 
 @dataclass
@@ -55,11 +60,26 @@ class Run:
 
 
 def class_count(run: Run) -> int | None:
-    """Classes of a new head for a model that is trained on labels alone; None where it must have
-    its head already."""
-    if run.config.task.kind != "classification" or run.config.teacher.path is not None:
+    """Outputs of a new head for the student: of one that is trained on labels alone, or that comes
+    without a head to a teacher; None where it must have its head already."""
+    config = run.config
+    if config.task.kind not in ("classification", *FIXED_HEADS):
         return None
-    return run.config.task.labels or max(run.train["labels"]) + 1
+    if config.teacher.path is not None:
+        teacher = read_config(config.teacher.path, config.trust_remote_code)
+        return teacher.num_labels if headless_student(run) else None
+    if config.task.kind in FIXED_HEADS:
+        return FIXED_HEADS[config.task.kind]
+    return config.task.labels or max(run.train["labels"]) + 1
+
+
+def headless_student(run: Run) -> bool:
+    """Whether the student is a folder without the task's head, and gets a new one."""
+    config = run.config
+    if config.student.path is None:
+        return False
+    found = read_config(config.student.path, config.trust_remote_code)
+    return lacks_head(found, run.task.model_class)
 
 
 def source(config: Config) -> str:
@@ -202,9 +222,7 @@ def starting_student(config: Config, folder: Path) -> str | None:
     if student.path is not None:
         return student.path
     task = tasks.load(config.task.kind)
-    make_student(
-        task.model_class, config.teacher.path, student.from_teacher, folder / "student", trust
-    )
+    make_student(task.model_class, config.teacher.path, student, folder / "student", trust)
     return None
 
 

@@ -24,20 +24,26 @@ class LossSchema:
     reads: tuple[str, ...]
     teacher: bool
     projection: bool
+    same_heads: bool
     options: dict[str, tuple[str, Any]]  # name -> (annotation, default)
 
     def common(self) -> list[str]:
         """The options of TermConfig that mean something for this loss."""
         names = ["weight"]
-        names += ["layers", "sum_layers"] if self.scope == "layer" else []
+        names += ["layers", "sum_layers"] if self.in_pairs else []
         names += ["average"] if self.rows == "token" else []
         names += ["project"] if self.projection else []
-        names += ["shared_projection"] if self.projection and self.scope == "layer" else []
+        names += ["shared_projection"] if self.projection and self.in_pairs else []
         return names
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether it compares a layer of the student with one of the teacher."""
+        return self.scope in ("layer", "module")
 
     def read_by(self, options: dict[str, Any]) -> tuple[str, ...]:
         """What this loss reads of a trace under these options."""
-        of = options.get("of", self.reads)
+        of = options.get("of") or self.reads
         return (of,) if isinstance(of, str) else tuple(of)
 
 
@@ -67,7 +73,8 @@ def loss_schema(name: str) -> LossSchema:
     known = {
         key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")
     }
-    return LossSchema(options=options, **known)
+    same_heads = constants.get("SAME_HEADS", False)
+    return LossSchema(options=options, same_heads=same_heads, **known)
 
 
 def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:

@@ -141,29 +141,51 @@ def student_shape(cut: FromTeacherConfig, teacher: Shape) -> Shape:
     return Shape(teacher.type, hidden, count, heads, width, teacher.key * hidden // teacher.hidden)
 
 
-def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> None:
-    """The student to be cut, layer maps and splits, where the models are known."""
+def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> Shape | None:
+    """The student to be cut, layer maps, heads and splits, where the models are known. Returns what
+    the student will be."""
     if teacher is None or not teacher.known:
-        return
-    if config.student.from_teacher is not None:
-        student = student_shape(config.student.from_teacher, teacher)
+        return student
+    if config.student.path is None:
+        student = student_shape(config.student.from_teacher or FromTeacherConfig(), teacher)
     if student is not None and student.known:
         for index, stage in enumerate(config.stages):
             check_stage_on_models(f"stages[{index}]", stage, teacher, student)
+    return student
 
 
 def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:
     for name, options in stage.losses.items():
         key, schema = f"{where}.losses.{name}", loss_schema(name)
-        if schema.scope == "layer":
+        if schema.in_pairs:
             own = options["layers"]
             place = where if own is None else key
             try:
                 layer_pairs(stage.layers if own is None else own, student.layers, teacher.layers)
             except ValueError as error:
                 raise UserError(f"{place}.{error}") from error
+        if schema.scope == "module":
+            check_modules(key, teacher, student)
+        if schema.same_heads and student.heads != teacher.heads:
+            raise UserError(
+                f"{key}: it compares head with head, and the student has {student.heads} heads and "
+                f"the teacher {teacher.heads}; use attention_relation, which cuts both anew, or a "
+                f"student of {teacher.heads} heads."
+            )
         if "splits" in options:
             check_splits(key, schema.read_by(options), options["splits"], teacher, student)
+
+
+def check_modules(where: str, teacher: Shape, student: Shape) -> None:
+    """What matrices give is compared number by number."""
+    for what in ("hidden", "attention", "key"):
+        ours, theirs = getattr(student, what), getattr(teacher, what)
+        if ours != theirs:
+            raise UserError(
+                f"{where}: its modules are compared number by number, and the student's {what} "
+                f"width is {ours}, the teacher's {theirs}; use a student as wide as its teacher "
+                f"(student.low_rank, or from_teacher without hidden)."
+            )
 
 
 def check_splits(

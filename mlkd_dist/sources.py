@@ -44,6 +44,7 @@ class Columns:
     source: str
     names: list[str]
     label: str | None
+    structured_label: bool = False
 
     def key(self, name: str) -> str:
         if name == self.label:
@@ -87,10 +88,13 @@ def locate(source: str) -> Path | HubName | str:
     return HubName(hub["name"], hub["config"], hub["split"] or "train")
 
 
-def read(source: str, columns: list[str], label: str | None = None) -> datasets.Dataset:
-    """The wanted columns of a source: no nulls, and text everywhere but in `label`."""
+def read(
+    source: str, columns: list[str], label: str | None = None, structured_label: bool = False
+) -> datasets.Dataset:
+    """The wanted columns of a source: no nulls, and text everywhere but in `label`, which holds
+    text or numbers, or keys and values."""
     place = locate(source)
-    wanted = Columns(source, list(columns), label)
+    wanted = Columns(source, list(columns), label, structured_label)
     if isinstance(place, Path) and place.suffix in (".jsonl", ".json"):
         return datasets.Dataset(_jsonl(place, wanted))
     if isinstance(place, HubName):
@@ -186,7 +190,8 @@ def _value(row: dict[str, Any], name: str, wanted: Columns, place: str) -> Any:
     if name not in row:
         raise wanted.missing(name, row, f", {place}")
     value = row[name]
-    if not isinstance(value, str if name != wanted.label else str | int | float):
+    kinds = dict if wanted.structured_label else str | int | float
+    if not isinstance(value, str if name != wanted.label else kinds):
         raise wanted.wrong(name, place, json.dumps(value)[:60])
     if isinstance(value, str) and SURROGATE.search(value):
         raise wanted.wrong(name, place, "half a surrogate pair")

@@ -1,5 +1,5 @@
-"""The student: cut out of a teacher into a folder, and the module that trains it together with its
-projections."""
+"""The student: cut out of a teacher into a folder, its matrices factorised where that is asked for,
+and the module that trains it together with its projections."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mlkd_dist.config import FromTeacherConfig, StudentConfig, UserError
 from mlkd_dist.layer_map import layer_pairs
+from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
 from mlkd_dist.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
 from mlkd_dist.objective import Objective, Peers
 from mlkd_dist.tasks import Batch
@@ -20,20 +21,32 @@ FEED_FORWARD = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")
 
 
 def make_student(
-    model_class: Any, teacher_path: str, cut: FromTeacherConfig, out: Path, trust: bool = False
+    model_class: Any, teacher_path: str, settings: StudentConfig, out: Path, trust: bool = False
 ) -> None:
     """Write a student folder: some layers of the teacher, its heads regrouped or its width cut, the
-    rest copied."""
+    rest copied; then factorised."""
     config = read_config(teacher_path, trust)
+    cut = settings.from_teacher or FromTeacherConfig()
+    source, more = loadable(model_class, config, trust)
+    teacher = merge(
+        source.from_pretrained(resolve_path(teacher_path), trust_remote_code=trust, **more)
+    )
     picks = picked_layers(cut.layers, config.num_hidden_layers)
-    teacher = model_class.from_pretrained(resolve_path(teacher_path), trust_remote_code=trust)
-    student_config = cut_width(cut_heads(cut_layers(teacher.config, picks), cut.heads), cut.hidden)
+    student_config = cut_config(teacher.config, cut)
     # Weights that no teacher weight matches start as the model's own initialiser makes them.
     torch.manual_seed(0)
     student = model_class.from_config(student_config, dtype=teacher.dtype, trust_remote_code=trust)
     copy_weights(teacher, student, picks)
-    student.save_pretrained(out)
+    if settings.low_rank is not None:
+        factorise(student, plan(student, settings.low_rank))
+    save(student, out)
     read_tokenizer(teacher_path, trust).save_pretrained(out)
+
+
+def cut_config(config: PreTrainedConfig, cut: FromTeacherConfig) -> PreTrainedConfig:
+    """That of the student."""
+    picks = picked_layers(cut.layers, config.num_hidden_layers)
+    return cut_width(cut_heads(cut_layers(config, picks), cut.heads), cut.hidden)
 
 
 def picked_layers(layers: int | list[int] | None, teacher_layers: int) -> list[int]:

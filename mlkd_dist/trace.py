@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,30 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
+
+from mlkd_dist.linears import Applied, layer_matrices, matrices, matrix_sizes, part
+from mlkd_dist.roles import NAMES
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
-# result before ("context") and after ("attention_output") the output projection, and the layer's
-# output. Of the whole model: the input of the first layer, the last hidden state, one vector per
-# sample taken from it, and the logits.
+# result before ("context") and after ("attention_output") the output projection, the layer's
+# output, and one vector per sample taken from that. Of the whole model: the input of the first
+# layer, one vector per sample of the last hidden state, and the logits. Of a layer's matrices: see
+# roles.py.
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
-LAYER_READS = (*ATTENTION_READS, "hidden")
 VECTOR_READS = ("cls", "mean", "last")
+LAYER_READS = (*ATTENTION_READS, "hidden", *VECTOR_READS)
 MODEL_READS = ("embedding", *VECTOR_READS, "logits")
 
 TAP = "mlkd_tap_"
+
+
+@dataclass
+class Matrix:
+    """One linear map of a layer, or the part of a joined one that has its own role."""
+
+    input: Tensor | None = None  # [B, L, width in]
+    output: Tensor | None = None  # [B, L, width out], with the bias
+    apply: Callable[[Tensor], Tensor] | None = None  # the map itself, for another input
 
 
 @dataclass
@@ -39,6 +52,16 @@ class Layer:
     context: Tensor | None = None  # [B, L, H*d] attention result before the output projection
     attention_output: Tensor | None = None  # [B, L, D] after the output projection
     hidden: Tensor | None = None  # [B, L, D] output of the layer
+    cls: Tensor | None = None  # [B, D] of the output, see sample_vector
+    mean: Tensor | None = None  # [B, D]
+    last: Tensor | None = None  # [B, D]
+    scale: float | None = None  # of the scores <query, key>; None is 1/sqrt(width of a head)
+    causal: bool = False  # whether a token attends to none that comes after it
+    matrices: dict[str, Matrix] = field(default_factory=dict)  # by role, as in roles.py
+
+    def by_head(self, name: str) -> Tensor:  # -> [B, H, L, d], of keys and values [B, Hkv, L, d]
+        width = self.query.shape[-1] // self.heads
+        return getattr(self, name).unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 @dataclass
@@ -61,7 +84,7 @@ class Trace:
     embedding: Tensor | None = None  # [B, L, D] what enters the first layer
     layers: dict[int, Layer] = field(default_factory=dict)  # counted from 0, as in Hugging Face
     vectors: dict[str, Tensor] = field(default_factory=dict)  # [B, D] each, by name of VECTOR_READS
-    logits: Tensor | None = None  # [B, C] or [B, L, V]
+    logits: Tensor | None = None  # [B, C], [B, L, V], or of spans [B, 2, L], see logits_of
     labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
 
     def layer(self, index: int) -> Layer:
@@ -86,20 +109,26 @@ class Needs:
 
     model: frozenset[str] = frozenset()  # of MODEL_READS
     layers: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> of LAYER_READS
+    # layer -> (role, field of Matrix) of its matrices, where it has them
+    matrices: dict[int, frozenset[tuple[str, str]]] = field(default_factory=dict)
 
     def union(self, other: "Needs") -> "Needs":
-        layers = {
-            i: self.layers.get(i, frozenset()) | other.layers.get(i, frozenset())
-            for i in self.layers.keys() | other.layers.keys()
-        }
-        return Needs(self.model | other.model, layers)
+        return Needs(
+            self.model | other.model,
+            united(self.layers, other.layers),
+            united(self.matrices, other.matrices),
+        )
 
     def depth(self) -> int | None:
         """Layers that must run; None where the top of the model is read, which only its full depth
         gives."""
         if self.model - {"embedding"}:
             return None
-        return max(self.layers, default=0) + 1
+        return max([*self.layers, *self.matrices], default=0) + 1
+
+
+def united(ours: dict[int, frozenset], theirs: dict[int, frozenset]) -> dict[int, frozenset]:
+    return {i: ours.get(i, frozenset()) | theirs.get(i, frozenset()) for i in ours.keys() | theirs}
 
 
 class Recorder:
@@ -114,18 +143,50 @@ class Recorder:
     def wanted(self) -> frozenset[str]:
         return self.needs.layers.get(self.index, frozenset())
 
-    def enter_layer(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.index += 1
         if self.index == 0 and "embedding" in self.needs.model:
             self.trace.embedding = args[0] if args else kwargs["hidden_states"]
+        if any(of == "apply" for _, of in self.needs.matrices.get(self.index, ())):
+            for name, matrix in layer_matrices(layer).items():
+                applied = Applied(name, matrix, self.trace.heads)
+                self.show_matrix(name, "apply", partial(partial, applied))
+
+    def show_matrix(self, name: str, of: str, found: Callable[[str], Any]) -> None:
+        """Keep what is asked for of a matrix: `found` of each of its roles."""
+        for role in NAMES[name]:
+            if (role, of) in self.needs.matrices.get(self.index, ()):
+                matrix = self.trace.layer(self.index).matrices.setdefault(role, Matrix())
+                setattr(matrix, of, found(role))
+
+    def leave_matrix(self, name: str, _: nn.Module, args: tuple, output: Tensor) -> None:
+        # Some layers fold the batch into the positions on the way.
+        given, made = (x.reshape(*self.trace.mask.shape, -1) for x in (args[0], output))
+        self.show_matrix(name, "input", lambda role: given)
+        self.show_matrix(name, "output", lambda role: part(name, role, made, self.trace.heads))
 
     def leave_layer(self, _: nn.Module, args: tuple, output: Any) -> None:
-        if "hidden" in self.wanted():
-            self.trace.layer(self.index).hidden = output[0] if isinstance(output, tuple) else output
+        wanted, states = self.wanted(), output[0] if isinstance(output, tuple) else output
+        if "hidden" in wanted:
+            self.trace.layer(self.index).hidden = states
+        for kind in wanted & set(VECTOR_READS):
+            vector = sample_vector(states, self.trace.mask, kind)
+            setattr(self.trace.layer(self.index), kind, vector)
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: Tensor,
+        scale: float | None,
+        causal: bool,
+    ) -> None:
         """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
         wanted = self.wanted()
+        if wanted & {"query", "key"}:
+            self.trace.layer(self.index).scale = scale
+            self.trace.layer(self.index).causal = causal
         heads_last = {"query": query, "key": key, "value": value}
         found = {
             name: tensor.transpose(1, 2) for name, tensor in heads_last.items() if name in wanted
@@ -165,7 +226,9 @@ def tapped(inner: str) -> Callable[..., Any]:
             function = ALL_ATTENTION_FUNCTIONS[inner]
         context, weights = function(module, query, key, value, mask, **kwargs)
         if recorder := RECORDING.get():
-            recorder.attention(query, key, value, context)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", False) if causal is None else causal
+            recorder.attention(query, key, value, context, kwargs.get("scaling"), causal)
         return context, weights
 
     return attention
@@ -212,20 +275,34 @@ def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[No
     """
     recorder = Recorder(trace, needs)
     with ExitStack() as stack:
-        for layer in layer_modules(model) if needs.layers or "embedding" in needs.model else []:
+        layers = layer_modules(model)
+        in_layers = needs.layers or needs.matrices or "embedding" in needs.model
+        for layer in layers if in_layers else []:
             stack.callback(
                 layer.register_forward_pre_hook(recorder.enter_layer, with_kwargs=True).remove
             )
             stack.callback(layer.register_forward_hook(recorder.leave_layer).remove)
         if any("attention_output" in reads for reads in needs.layers.values()):
-            for module in model.modules():
-                if isinstance(module, nn.Linear | Conv1D):
-                    stack.callback(module.register_forward_hook(recorder.projection).remove)
+            for _, matrix in matrices(model):
+                stack.callback(matrix.register_forward_hook(recorder.projection).remove)
+        for layer in layers if needs.matrices else []:
+            for name, matrix in layer_matrices(layer).items():
+                hook = partial(recorder.leave_matrix, name)
+                stack.callback(matrix.register_forward_hook(hook).remove)
         if needs.model & set(VECTOR_READS):
             stack.callback(model.base_model.register_forward_hook(recorder.leave_base).remove)
         token = RECORDING.set(recorder)
         stack.callback(RECORDING.reset, token)
         yield
+
+
+def logits_of(output: Any, mask: Tensor) -> Tensor:
+    """The model's logits; those of a model that finds spans are a distribution over the tokens for
+    the start and one for the end, neither of which lies in padding."""
+    if "logits" in output:
+        return output.logits
+    spans = torch.stack([output.start_logits, output.end_logits], 1)
+    return spans.masked_fill(~mask.unsqueeze(1), float("-inf"))
 
 
 def capture(
@@ -244,12 +321,19 @@ def capture(
     with recording(model, needs, trace):
         output = run(**{name: value for name, value in given.items() if name in taken})
     if "logits" in needs.model:
-        trace.logits = output.logits
+        trace.logits = logits_of(output, trace.mask)
     missing = [
         f"{name} of layer {i}"
         for i, reads in needs.layers.items()
         for name in sorted(reads)
         if getattr(trace.layer(i), name) is None
+    ]
+    roles = matrix_sizes(layer_modules(model)[0]) if needs.matrices else ()
+    missing += [
+        f"the {of} of {role} of layer {i}"
+        for i, reads in needs.matrices.items()
+        for role, of in sorted(reads)
+        if role in roles and getattr(trace.layer(i).matrices.get(role), of, None) is None
     ]
     assert not missing, f"{type(model).__name__} did not show {', '.join(missing)}"
     return trace

@@ -3,18 +3,25 @@ each other, the options of every loss, and what the models' config files say."""
 
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
-from mlkd_dist.config import Config, StageConfig, UserError, nearest
+from mlkd_dist.config import Config, LowRankConfig, OpenConfig, StageConfig, UserError, nearest
+from mlkd_dist.roles import ROLES
 from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
 
 TASKS = Path(__file__).parent / "tasks"
 ATTENTION = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 # Options of one task only; set for another task they would be ignored.
-TASK_OPTIONS = {"pooling": "embedding", "labels": "classification", "mask_probability": "masked_lm"}
+TASK_OPTIONS = {
+    "pooling": "embedding",
+    "labels": "classification",
+    "stride": "question_answering",
+    "mask_probability": "masked_lm",
+}
 ONE_TEXT = ["embedding", "masked_lm"]
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
@@ -50,6 +57,11 @@ def validate(config: Config) -> None:
         )
     for index, stage in enumerate(stages):
         check_stage(f"stages[{index}]", stage, config.task.kind)
+        if config.kernels == "triton" and "attention_mse" in stage.losses:
+            raise UserError(
+                f"kernels: triton, but stages[{index}].losses.attention_mse has no Triton kernel; "
+                f"use auto, which takes the fastest there is for each loss."
+            )
     check_models(config)
 
 
@@ -181,6 +193,13 @@ def check_task(config: Config) -> None:
         raise UserError(
             f"data.text_pair: the task {config.task.kind} reads one text per row; remove it."
         )
+    if config.data.text_pair is None and config.task.kind == "question_answering":
+        raise UserError(
+            "data.text_pair: question_answering reads questions from data.text and passages from "
+            "data.text_pair; name both columns, and that of the answers as data.label."
+        )
+    if config.task.stride is not None:
+        at_least("task.stride", config.task.stride, 0)
     if config.task.pooling is not None:
         one_of("task.pooling", config.task.pooling, ["mean", "cls", "last"])
     if config.task.mask_probability is not None:
@@ -228,16 +247,79 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
                 f"{key}: this loss reads logits, and the embedding task has none; remove it or "
                 f"choose another task.kind."
             )
-        stage.losses[name] = loss_options(key, schema, given)
+        stage.losses[name] = options = loss_options(key, schema, given)
+        if options.get("positives") == "label" and task != "classification":
+            raise UserError(
+                f"{key}.positives: label needs classes, and the task {task} has none; use sample "
+                f"or auto."
+            )
+        if options.get("label_smoothing") and task in ("regression", "question_answering"):
+            raise UserError(
+                f"{key}.label_smoothing: the task {task} has no classes to smooth over; remove it."
+            )
+    if stage.open is not None:
+        check_open(where, stage.open, list(stage.losses))
+
+
+def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
+    """Fills in the defaults, too."""
+    one_of(f"{where}.open.rule", rule.rule, ["all", "pid", "sid"])
+    if rule.rule == "all":
+        given = [
+            f.name for f in fields(rule) if f.name != "rule" and getattr(rule, f.name) is not None
+        ]
+        if given:
+            raise UserError(
+                f"{where}.open.{given[0]}: only for the rules pid and sid; set {where}.open.rule, "
+                f"or remove it."
+            )
+        return
+    scopes = {loss_schema(name).in_pairs for name in losses}
+    if scopes != {True, False}:
+        lacking = "without layers, such as soft_labels" if True in scopes else "of layers"
+        raise UserError(
+            f"{where}.open: {rule.rule} opens layer after layer, and then the losses without "
+            f"layers, but there is no loss {lacking}; add one, or remove open."
+        )
+    if rule.threshold is None:
+        rule.threshold = 0.05 if "cls_cosine" in losses else 0.0
+    if rule.threshold and "cls_cosine" not in losses:
+        raise UserError(
+            f"{where}.open.threshold: {rule.threshold} is compared with the loss cls_cosine, which "
+            f"this stage has not; add it, or set 0."
+        )
+    rule.keep_soft_labels = bool(rule.keep_soft_labels)
+    rule.check_every = 10 if rule.check_every is None else rule.check_every
+    at_least(f"{where}.open.threshold", rule.threshold, 0)
+    at_least(f"{where}.open.check_every", rule.check_every, 1)
+    if rule.classifier is not None:
+        share(f"{where}.open.classifier", rule.classifier)
+
+
+def check_low_rank(given: LowRankConfig) -> None:
+    """Its values; whether the model has such matrices is known with the model."""
+    share("student.low_rank.keep", given.keep)
+    one_of("student.low_rank.budget", given.budget, ["ratio", "energy"])
+    if given.matrices is not None and not given.matrices:
+        raise UserError(
+            f"student.low_rank.matrices: [] is not allowed; name some of {', '.join(ROLES)}, or "
+            f"leave it out for all."
+        )
+    for role in given.matrices or []:
+        one_of("student.low_rank.matrices", role, list(ROLES))
 
 
 def check_models(config: Config) -> None:
-    if (config.student.path is None) == (config.student.from_teacher is None):
+    student = config.student
+    made = [key for key in ("from_teacher", "low_rank") if getattr(student, key) is not None]
+    if (student.path is None) == (not made):
         raise UserError(
-            f"student: give either path or from_teacher, "
-            f"{'neither' if config.student.path is None else 'both'} is given."
+            f"student: give either path or {made[-1] if made else 'from_teacher'}, "
+            f"{'both' if made else 'neither'} is given."
         )
-    needed = config.student.from_teacher is not None or any(
+    if student.low_rank is not None:
+        check_low_rank(student.low_rank)
+    needed = bool(made) or any(
         loss_schema(name).teacher for stage in config.stages for name in stage.losses
     )
     if needed and config.teacher.path is None:

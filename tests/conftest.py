@@ -1,11 +1,13 @@
 """Small real models, tokenizers and data, and runs of one or more processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)
 
 
@@ -72,6 +75,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from transformers import (
         AutoModel,
         AutoModelForMaskedLM,
+        AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
         BertConfig,
     )
@@ -80,10 +84,15 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     classes = {
         "embedding": AutoModel,
         "classification": AutoModelForSequenceClassification,
+        "regression": AutoModelForSequenceClassification,
+        "question_answering": AutoModelForQuestionAnswering,
         "masked_lm": AutoModelForMaskedLM,
     }
+    outputs = {"regression": 1, "question_answering": 2}
     return {
-        task: write_model(folder / task, BertConfig(**BERT, num_labels=3), model_class)
+        task: write_model(
+            folder / task, BertConfig(**BERT, num_labels=outputs.get(task, 3)), model_class
+        )
         for task, model_class in classes.items()
     }
 
@@ -100,7 +109,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         with path.open("w") as file:
             for i in range(rows):
                 words = draw.choices(WORDS, k=draw.choice([1, 2, 5, 40]))
-                file.write(json.dumps({"text": " ".join(words), "label": i % 3}) + "\n")
+                row = {"text": " ".join(words), "label": i % 3}
+                # For pairs of texts, and for regression.
+                row |= {"other": " ".join(words[:-4:-1]), "score": len(words) / 8 - i % 3}
+                file.write(json.dumps(row) + "\n")
         return str(path)
 
     return {"train": write("train.jsonl", 17), "validation": write("validation.jsonl", 7)}
@@ -110,6 +122,8 @@ LOSSES = {
     "embedding_relation": {},
     "attention_relation": {"of": ["context", "query", "key", "value"], "splits": 2},
     "hidden_mse": {},
+    "embedding_mse": {},
+    "cls_cosine": {"of": "mean"},
     "sample_relation": {"of": "mean", "normalize": True, "temperature": 0.05},
     "sample_contrast": {"of": "mean"},
 }
@@ -187,3 +201,24 @@ def logged(config: dict) -> list[dict]:
 
 
 Launch = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable]:
+    """Calls a function, or `each` of many cases, in processes of their own: Triton chooses the
+    interpreter when it is imported, which no other test must notice."""
+    from interpreter import start_interpreter
+
+    context = multiprocessing.get_context("spawn")
+    workers = os.cpu_count()
+    with ProcessPoolExecutor(workers, context, start_interpreter) as pool:
+
+        def call(function: Callable, *args: Any, **kwargs: Any) -> None:
+            pool.submit(function, *args, **kwargs).result()
+
+        def call_each(function: Callable, cases: list[tuple]) -> None:
+            for job in [pool.submit(function, *case) for case in cases]:
+                job.result()
+
+        call.each = call_each
+        yield call

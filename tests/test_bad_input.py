@@ -57,6 +57,10 @@ SAID = {
     "broken weights": ["cut short", "cannot be loaded"],
     "too long": ["data.max_length: 65", "64 tokens", "use 64 or less"],
     "other classes": ["3 classes", "2", "same task", "student.from_teacher"],
+    "regression with classes": ["three' has 3 classes", "regression needs one", "teacher.finetune"],
+    "a head that nobody trains": ["student.path", "no head for the task", "soft_labels or hard"],
+    "an opening too short": ["stages[0].open: 2 steps", "too few for 2 layers", "more steps"],
+    "maps of a window": ["data.max_length: 48", "16 tokens", "attention_kl", "16 or less"],
     "other class count": ["task.labels: 5", "3 classes", "remove it"],
     "head of another size": ["classifier", "3", "2", "task.labels"],
     "no mask token": ["no mask token", "masked_lm"],
@@ -65,6 +69,11 @@ SAID = {
     "no such head for this type": ["AutoModelForMaskedLM", "'gpt2'", "masked_lm"],
     "no type known": ["its config cannot be read", "novel"],
     "cannot be cut": ["student.from_teacher.hidden", "cannot be narrowed", "leave hidden empty"],
+    "too little kept": ["student.low_rank.keep: 0.01", "no rank at all", "or more"],
+    "half of a joined matrix": ["student.low_rank.matrices", "in one matrix (attn.c_attn)", "all"],
+    "embeddings tied to the head": ["low_rank.embeddings", "BertForMaskedLM shares", "use false"],
+    "no such matrix": ["module_mse.of", "BertForSequenceClassification has no matrix gate"],
+    "matrices of other sizes": ["module_mse: up maps 48 to 64", "48 to 32", "same sizes"],
     "an earlier run": ["run.dir", "holds an earlier run", "run.overwrite=true"],
     "files of others": ["run.dir", "holds files that are no run", "choose another folder"],
     "own file in a run": ["run.dir", "holds files that are no run", "choose another folder"],
@@ -91,21 +100,26 @@ def write_models(folder: Path) -> dict[str, Path]:
         BertConfig,
         ConvBertConfig,
         GPT2Config,
+        MistralConfig,
     )
 
     bert = BertConfig(**BERT, num_labels=3)
     two = BertConfig(**BERT, num_labels=2)
+    slim = BertConfig(**BERT | {"intermediate_size": 32}, num_labels=3)
     convbert = ConvBertConfig(**BERT, embedding_size=48)
     gpt2 = GPT2Config(
         vocab_size=64, n_embd=48, n_layer=4, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
     )
     classifier = AutoModelForSequenceClassification
+    mistral = MistralConfig(**BERT, num_key_value_heads=2, sliding_window=16)
     made = {
         "three": write_model(folder / "three", bert, classifier),
         "two": write_model(folder / "two", two, classifier),
+        "slim": write_model(folder / "slim", slim, classifier),
         "base": write_model(folder / "base", bert, AutoModel),
         "words": write_model(folder / "words", bert, classifier, words=["other", *WORDS[1:]]),
         "convbert": write_model(folder / "convbert", convbert, AutoModel),
+        "mistral": write_model(folder / "mistral", mistral, AutoModel),
         "gpt2": write_model(folder / "gpt2", gpt2, classifier),
         "maskless": write_model(folder / "maskless", bert, AutoModelForMaskedLM),
     }
@@ -158,6 +172,10 @@ def all_configs(base: Path) -> dict[str, dict]:
         "broken weights": config("broken weights", teacher="cut short"),
         "too long": config("too long", data__max_length=65),
         "other classes": config("other classes", student=student("two")),
+        "regression with classes": config("regression with classes", task="regression"),
+        "a head that nobody trains": config("a head that nobody trains", student=student("base")),
+        "an opening too short": config("an opening too short"),
+        "maps of a window": config("maps of a window", "mistral", "embedding"),
         "other class count": config("other class count", task__labels=5),
         "head of another size": config("head of another size", student=student("two")),
         "no mask token": config("no mask token", "maskless", "masked_lm"),
@@ -176,6 +194,13 @@ def all_configs(base: Path) -> dict[str, dict]:
         "no triton": config("no triton"),
         "a deepspeed key misspelt": config("a deepspeed key misspelt"),
         "a zero key misspelt": config("a zero key misspelt"),
+        "too little kept": config("too little kept"),
+        "half of a joined matrix": config("half of a joined matrix", "gpt2"),
+        "embeddings tied to the head": config(
+            "embeddings tied to the head", "maskless", "masked_lm"
+        ),
+        "no such matrix": config("no such matrix"),
+        "matrices of other sizes": config("matrices of other sizes"),
         "a teacher in the making": config("a teacher in the making", "base"),
         "labels refused after finetune is planned": config(
             "labels refused after finetune is planned", "base"
@@ -185,8 +210,24 @@ def all_configs(base: Path) -> dict[str, dict]:
     configs["no triton"]["kernels"] = "triton"
     configs["a deepspeed key misspelt"]["deepspeed"] = {"prescale_gradient": True}
     configs["a zero key misspelt"]["deepspeed"] = {"zero_optimization": {"overlap_com": True}}
+    low_rank = {"from_teacher": {"layers": 2}, "low_rank": {"keep": 0.01}}
+    configs["too little kept"]["student"] = low_rank
+    configs["half of a joined matrix"]["student"] = {"low_rank": {"matrices": ["query", "up"]}}
+    configs["embeddings tied to the head"]["student"] = {"low_rank": {"embeddings": True}}
+    for case, options in (("no such matrix", {"of": ["gate"]}), ("matrices of other sizes", {})):
+        configs[case]["stages"] = [{"steps": 1, "losses": {"module_mse": options}}]
+    for case in ("too little kept", "half of a joined matrix"):
+        configs[case]["stages"] = [{"steps": 1, "losses": {"soft_labels": {}}}]
+    configs["no such matrix"]["student"] = {"low_rank": {}}
+    configs["matrices of other sizes"]["student"] = student("slim")
     of_one_loss = {"teacher": {}, "stages": [{"steps": 1, "losses": {"hard_labels": {}}}]}
     configs["head of another size"] |= of_one_loss
+    hidden_only = {"steps": 1, "losses": {"hidden_mse": {}}}
+    configs["a head that nobody trains"]["stages"] = [hidden_only]
+    two_steps = {"steps": 2, "losses": {"hidden_mse": {}, "soft_labels": {}}}
+    configs["an opening too short"]["stages"] = [two_steps | {"open": {"rule": "sid"}}]
+    maps = {"steps": 1, "losses": {"attention_kl": {}}}
+    configs["maps of a window"] |= {"stages": [maps], "student": student("mistral")}
     embeddings = {"steps": 1, "losses": {"sample_relation": {}}}
     configs["no attention interface"] |= {"stages": [embeddings], "student": student("convbert")}
     configs["cannot be cut"]["stages"] = [{"steps": 1, "losses": {"soft_labels": {}}}]

@@ -110,6 +110,12 @@ REFUSED: dict[str, list[str]] = {
     "optim.lr=fast": ["optim.lr: 'fast'", "give a number"],
     "optim.lr=true": ["optim.lr: True", "give a number"],
     "run.overwrite=7": ["run.overwrite: 7", "give true or false"],
+    "run.resume=maybe": ["run.resume: 'maybe'", "auto, changed, never"],
+    "run.checkpoint_every=0": ["run.checkpoint_every: 0", "more than 0"],
+    "run.checkpoint_minutes=-1": ["run.checkpoint_minutes: -1", "more than 0"],
+    "run.keep_checkpoints=0": ["run.keep_checkpoints: 0", "1 or more"],
+    "run.time_limit=0": ["run.time_limit: 0", "more than 0"],
+    "run.max_skipped=0": ["run.max_skipped: 0", "1 or more"],
     "run.dir=[a]": ["run.dir: ['a']", "give text"],
     "optim=3": ["optim: 3", "keys and values of: lr, warmup"],
     "stages=3": ["stages: 3", "give a list"],
@@ -150,6 +156,49 @@ REFUSED: dict[str, list[str]] = {
     "stages[0].layers=[[0,-1]]": ["stages[0].layers: pair [0, -1]", "layer -1", "0 to 3"],
     "stages[0].losses.hidden_mse.layers=first": ["losses.hidden_mse.layers: 'first'", "uniform"],
     "stages[0].losses.hidden_mse.layers=[[9,0]]": ["losses.hidden_mse.layers: pair [9, 0]"],
+    # Heads
+    "stages[1].losses={attention_kl: {}} student.from_teacher.heads=2": [
+        "stages[1].losses.attention_kl",
+        "the student has 2 heads and the teacher 4",
+        "use attention_relation",
+    ],
+    "stages[1].losses={attention_mse: {}} student={path: {small}}": [
+        "attention_mse",
+        "3 heads and the teacher 4",
+        "a student of 4 heads",
+    ],
+    "stages[1].losses={attention_mse: {}} kernels=triton": [
+        "kernels: triton",
+        "stages[1].losses.attention_mse has no Triton kernel",
+        "use auto",
+    ],
+    "stages[1].losses={attention_kl: {}}": [],
+    "stages[1].losses={attention_kl: {causal: true}}": ["attention_kl.causal: no such option"],
+    # When layers open
+    "stages[0].open={rule: sidd}": ["stages[0].open.rule: 'sidd'", "did you mean 'sid'?", "all"],
+    "stages[0].open={threshhold: 0.1}": [
+        "stages[0].open.threshhold: no such key",
+        "open.threshold'?",
+    ],
+    "stages[0].open={threshold: 0.1}": ["open.threshold: only for the rules pid and sid", "rule"],
+    "stages[0].open={rule: all, keep_soft_labels: false}": ["open.keep_soft_labels: only for"],
+    "stages[0].open={rule: sid, threshold: 0.1}": [
+        "stages[0].open.threshold: 0.1",
+        "the loss cls_cosine",
+        "add it, or set 0",
+    ],
+    "stages[0].open={rule: pid, classifier: 1.0}": ["open.classifier: 1.0", "between 0 and 1"],
+    "stages[0].open={rule: pid, check_every: 0}": ["open.check_every: 0", "1 or more"],
+    "stages[0].open={rule: pid} stages[0].losses={cls_cosine: {}}": [
+        "stages[0].open",
+        "no loss without layers, such as soft_labels",
+    ],
+    "stages[0].open={rule: pid} stages[0].losses={soft_labels: {}}": ["no loss of layers"],
+    "stages[0].open={rule: sid, threshold: -1} stages[0].losses.cls_cosine={}": [
+        "open.threshold: -1",
+        "0 or more",
+    ],
+    "stages[0].open={rule: sid}": [],
     # Sharding
     "teacher.zero_stage=1": ["teacher.zero_stage: 1", "frozen", "0", "3"],
     "teacher.zero_stage=2": ["teacher.zero_stage: 2", "frozen", "0", "3"],
@@ -196,6 +245,27 @@ REFUSED: dict[str, list[str]] = {
     "teacher.path=": ["teacher.path", "learns from a teacher", "give a folder"],
     "student.path={small}": ["student: give either path or from_teacher, both"],
     "student.from_teacher=": ["student: give either path or from_teacher, neither"],
+    "student={path: {bert}, low_rank: {}}": ["student: give either path or low_rank, both"],
+    "student.low_rank.keep=1": ["student.low_rank.keep: 1", "between 0 and 1"],
+    "student.low_rank.keep=0": ["student.low_rank.keep: 0", "between 0 and 1"],
+    "student.low_rank.keep=half": ["student.low_rank.keep: 'half'", "give a number"],
+    "student.low_rank.budget=enregy": ["low_rank.budget: 'enregy'", "did you mean 'energy'?"],
+    "student.low_rank.matrices=[querry]": ["matrices: 'querry'", "'query'", "gate, up, down"],
+    "student.low_rank.matrices=query": ["low_rank.matrices: 'query'", "give a list"],
+    "student.low_rank.matrices=[]": ["low_rank.matrices: []", "name some of query", "for all"],
+    "student.low_rank.ranks=3": ["student.low_rank.ranks: no such key", "keep, matrices"],
+    "student.from_teacher= student.low_rank={}": [],
+    "student.low_rank={keep: 0.25} stages[0].losses={module_mse: {of: [query], input: own}}": [],
+    "stages[0].losses={module_mse: {}} student.from_teacher.hidden=24": [
+        "stages[0].losses.module_mse",
+        "hidden width is 24, the teacher's 48",
+        "student.low_rank",
+    ],
+    "stages[0].losses={module_mse: {}} student={path: {small}}": ["module_mse", "36", "48"],
+    "stages[0].losses={module_mse: {of: [ffn]}}": ["module_mse.of: 'ffn'", "query, key, value"],
+    "stages[0].losses={module_mse: {input: student}}": ["input: 'student'", "own, teacher"],
+    "stages[0].losses={module_mse: {project: always}}": ["module_mse.project: no such option"],
+    "stages[0].losses={module_mse: {layers: [[0,4]]}}": ["module_mse.layers: pair [0, 4]"],
     "student={path: {deep}}": ["stages[0].layers: uniform", "6", "4", "[[student, teacher], ...]"],
     "student={path: {small}} " + RELATION + ".splits=8": ["splits: 8", "36", "48", "divisor of 12"],
     "student={path: {small}} " + RELATION + ".splits=": [],
@@ -240,6 +310,20 @@ REFUSED: dict[str, list[str]] = {
     OF_NOTHING + "[]": ["of: []", "a list of names"],
     "stages[1].losses.sample_relation.of=[cls]": ["of: ['cls']", "give a name"],
     "stages[1].losses.sample_relation.of=max": ["of: 'max'", "cls, mean, last"],
+    "task.kind=regression stages[1].losses.sample_contrast.positives=label": [
+        "sample_contrast.positives",
+        "regression has none",
+        "use sample",
+    ],
+    "task.kind=regression stages[0].losses.hard_labels.label_smoothing=0.1": [
+        "label_smoothing",
+        "no classes",
+    ],
+    "task.kind=regression": [],
+    "task.kind=question_answering": ["data.text_pair", "passages", "data.label"],
+    "task.kind=question_answering data.text_pair=b task.stride=-1": ["task.stride: -1", "0 or"],
+    "task.stride=8": ["task.stride", "only for task.kind question_answering"],
+    "task.kind=question_answering data.text_pair=b": [],
     "stages[1].losses.sample_contrast.positives=all": ["positives: 'all'", "auto, label, sample"],
     "data.pack=true": ["data.pack: true", "use false"],
     "data.validation_fraction=1": ["data.validation_fraction: 1", "between 0 and 1"],
@@ -351,12 +435,29 @@ def test_the_command_line_stands_over_the_file_and_that_over_the_defaults(folder
     assert config.stages[0].losses["soft_labels"]["weight"] == 1.0
 
 
+def test_the_opening_rule_has_its_defaults(folder: Path) -> None:
+    words = ["stages[0].open.rule=sid"]
+    without = load(folder / "good.yaml", words).stages[0].open
+    assert asdict(without) == {
+        "rule": "sid",
+        "threshold": 0.0,
+        "classifier": None,
+        "keep_soft_labels": False,
+        "check_every": 10,
+    }
+    watched = load(folder / "good.yaml", [*words, "stages[0].losses.cls_cosine={}"])
+    assert watched.stages[0].open.threshold == 0.05
+    plain = load(folder / "good.yaml", ["stages[0].open={}"]).stages[0].open
+    assert (plain.rule, plain.threshold) == ("all", None)
+
+
 def test_what_a_run_writes_down_loads_as_the_same_config(folder: Path, tmp_path: Path) -> None:
     changes = [
         "stages[0].losses.hidden_mse.layers=[[0,1],[1,3]]",
         "stages[0].layers=last",
         "stages[0].losses.attention_relation.of=[query,key]",
         "stages[1].lr=3e-5",
+        "stages[0].open={rule: pid, classifier: 0.4}",
         "optim.eps=1e-12",
         "teacher.finetune.epochs=0.5",
         "student.from_teacher.layers=[0,3]",

@@ -298,6 +298,25 @@ def test_linear_divergence_gradcheck(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+@pytest.mark.parametrize("backend", ["eager", "streamed"])
+def test_truncation_leaves_out_what_one_vocabulary_lacks(longer: str, backend: str) -> None:
+    sizes = (9, 7) if longer == "student" else (7, 9)
+    hidden = randn(5, 4), randn(5, 6, seed=1)
+    student, teacher = randn(sizes[0], 4, seed=2), randn(sizes[1], 6, seed=3)
+    given = [x.requires_grad_() for x in (hidden[0], student)]
+    cut = [x.detach()[:7] if x is student else x.detach() for x in given]
+    value = linear_divergence(
+        *given, hidden[1], teacher, kind="jsd", truncate=True, backend=backend
+    )
+    cut = [x.requires_grad_() for x in cut]
+    expected = linear_divergence(*cut, hidden[1], teacher[:7], kind="jsd", backend=backend)
+    assert torch.equal(value, expected)
+    found, wanted = torch.autograd.grad(value, given), torch.autograd.grad(expected, cut)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1][:7], wanted[1])
+    assert found[1][7:].eq(0).all()
+
+
 def test_mixtures_tend_to_the_plain_divergences() -> None:
     def divergence(kind: str, beta: float = 0.5) -> float:
         return linear_divergence(*HEADS, kind=kind, beta=beta).item()

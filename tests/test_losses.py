@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from mlkd_dist import losses, schema, trace
+from mlkd_dist.roles import ROLES
 from mlkd_dist.trace import Layer, Samples, Trace
 
 NAMES = [
+    "attention_kl",
+    "attention_mse",
     "attention_relation",
+    "cls_cosine",
+    "embedding_mse",
     "embedding_relation",
     "hard_labels",
     "hidden_mse",
@@ -24,6 +29,9 @@ NAMES = [
     "sample_relation",
     "soft_labels",
 ]
+
+# Its sides are matrices rather than tensors: see test_module_mse.py.
+ALL_NAMES = sorted([*NAMES, "module_mse"])
 
 # One full sequence, one padded right, one left, one with a hole, one that is nothing but padding.
 MASK = torch.tensor(
@@ -40,7 +48,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layer(width: int, seed: int, heads: int = HEADS) -> Layer:
-    reads = {name: randn(B, L, width, seed=seed + i) for i, name in enumerate(trace.LAYER_READS)}
+    reads = {
+        name: randn(*((B,) if name in trace.VECTOR_READS else (B, L)), width, seed=seed + i)
+        for i, name in enumerate(trace.LAYER_READS)
+    }
     return Layer(MASK, heads, **reads)
 
 
@@ -149,6 +160,54 @@ def test_hidden_mse_is_its_definition() -> None:
             projected = projection.weight[d] @ student.hidden[b, i] + projection.bias[d]
             expected[b, i] += (projected - teacher.hidden[b, i, d]) ** 2 / TEACHER_WIDTH
     same(losses.load("hidden_mse")(student, teacher, projection), expected)
+
+
+def test_embedding_mse_is_its_definition() -> None:
+    student, teacher = model(STUDENT_WIDTH, 0), model(TEACHER_WIDTH, 10)
+    projection = torch.nn.Linear(STUDENT_WIDTH, TEACHER_WIDTH, dtype=torch.float64)
+    expected = torch.zeros(B, L, dtype=torch.float64)
+    for b, i in MASK.nonzero().tolist():
+        gap = projection.weight @ student.embedding[b, i] + projection.bias
+        gap = gap - teacher.embedding[b, i]
+        expected[b, i] = sum(x**2 for x in gap) / TEACHER_WIDTH
+    same(losses.load("embedding_mse")(student, teacher, projection), expected)
+
+
+def grouped(width: int, seed: int, key_heads: int, scale: float | None, causal: bool) -> Layer:
+    """Of 4 heads of `width`, with fewer keys."""
+    query, key = randn(B, L, 4 * width, seed=seed), randn(B, L, key_heads * width, seed=seed + 1)
+    return Layer(MASK, 4, query=query, key=key, scale=scale, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_losses_are_their_definitions(causal: bool) -> None:
+    """Heads of two widths, keys for pairs of heads in the student and for all in the teacher."""
+    student, teacher = grouped(3, 0, 2, 0.7, causal), grouped(5, 10, 1, None, causal)
+    divergence, squares = (torch.zeros(B, 4, L, dtype=torch.float64) for _ in range(2))
+    for b, i in MASK.nonzero().tolist():
+        keys = [j for j in MASK[b].nonzero()[:, 0].tolist() if not causal or j <= i]
+        for h in range(4):
+            ours, theirs = slice(3 * h, 3 * h + 3), slice(5 * h, 5 * h + 5)
+            of_pair = slice(3 * (h // 2), 3 * (h // 2) + 3)
+            q = [0.7 * student.query[b, i, ours] @ student.key[b, j, of_pair] for j in keys]
+            p = [5**-0.5 * teacher.query[b, i, theirs] @ teacher.key[b, j] for j in keys]
+            divergence[b, h, i] = kl(probabilities(p), probabilities(q))
+            squares[b, h, i] = sum((x - y) ** 2 for x, y in zip(p, q, strict=True)) / len(keys)
+    for backend in ("eager", "streamed"):
+        same(losses.load("attention_kl")(student, teacher, backend=backend), divergence)
+        same(losses.load("attention_mse")(student, teacher, backend=backend), squares)
+
+
+@pytest.mark.parametrize("of", trace.VECTOR_READS)
+def test_cls_cosine_is_its_definition(of: str) -> None:
+    student, teacher = layer(STUDENT_WIDTH, 0), layer(TEACHER_WIDTH, 10)
+    projection = torch.nn.Linear(STUDENT_WIDTH, TEACHER_WIDTH, bias=False, dtype=torch.float64)
+    expected = torch.zeros(B, dtype=torch.float64)
+    # The last sample has no token.
+    for b in range(B - 1):
+        x, y = projection.weight @ getattr(student, of)[b], getattr(teacher, of)[b]
+        expected[b] = 1 - x @ y / ((x @ x).sqrt() * (y @ y).sqrt())
+    same(losses.load("cls_cosine")(student, teacher, projection, of=of), expected)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -287,7 +346,8 @@ def tensors(side: Any) -> list[str]:
 
 
 def rows_of(name: str, student: Any, teacher: Any, **options: Any) -> Tensor:
-    extra = (identity,) if name == "hidden_mse" else ()
+    own = constants(name)
+    extra = (identity,) if own["PROJECTION"] and own["SCOPE"] != "batch" else ()
     inputs = (student, teacher) if constants(name)["TEACHER"] else (student,)
     return losses.load(name)(*inputs, *extra, **options)
 
@@ -320,6 +380,7 @@ def test_what_does_not_count_is_never_read(name: str) -> None:
             for side in (student, teacher):
                 for field in tensors(side):
                     keep = side.keep if isinstance(side, Samples) else MASK
+                    keep = MASK.any(1) if field in trace.VECTOR_READS else keep
                     getattr(side, field)[~keep] = poison
         rows, grads = gradient(name, student, teacher)
         torch.testing.assert_close(rows, expected_rows, rtol=0, atol=0)
@@ -396,6 +457,10 @@ CHANGES = {
         "teacher_scale": 0.1,
     },
     "hidden_mse": {},
+    "attention_kl": {},
+    "attention_mse": {},
+    "cls_cosine": {},
+    "embedding_mse": {},
     # `of` says which vector the caller takes, so it cannot change what is done with it.
     "sample_relation": {"temperature": 2.0, "normalize": True, "diagonal": False},
     "sample_contrast": {"temperature": 2.0, "positives": "sample", "normalize": False},
@@ -434,6 +499,18 @@ REFUSED = {
     r"of=\[\]": lambda: losses.load("attention_relation")(layer(6, 0), layer(6, 0), of=[]),
     r"\(5, 4, 6\).*\(5, 4, 12\).*project": lambda: losses.load("hidden_mse")(
         layer(6, 0), layer(12, 0), identity
+    ),
+    r"embedding_mse.*\(5, 4, 6\).*\(5, 4, 12\).*project": lambda: losses.load("embedding_mse")(
+        model(6, 0), model(12, 0), identity
+    ),
+    r"cls_cosine.*\(5, 6\).*\(5, 12\).*project": lambda: losses.load("cls_cosine")(
+        layer(6, 0), layer(12, 0), identity
+    ),
+    "heads.*same.*relation_kl": lambda: losses.load("attention_kl")(
+        layer(6, 0, heads=3), layer(6, 0, heads=2)
+    ),
+    "causal and of a bidirectional.*attention_relation": lambda: losses.load("attention_mse")(
+        grouped(3, 0, 4, None, True), grouped(3, 0, 4, None, False)
     ),
     r"\(5, 6\).*\(5, 12\).*[Pp]roject": lambda: losses.load("sample_contrast")(
         samples(6, 0), samples(12, 0)
@@ -482,18 +559,20 @@ def options_of(name: str) -> dict[str, ast.arg]:
 
 
 def test_every_file_is_a_loss() -> None:
-    assert schema.names(schema.LOSSES) == NAMES
+    assert schema.names(schema.LOSSES) == ALL_NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_loss_can_be_read_without_importing_it(name: str) -> None:
     found = constants(name)
-    assert set(found) == {"ROWS", "SCOPE", "READS", "TEACHER", "PROJECTION"}
+    required = {"ROWS", "SCOPE", "READS", "TEACHER", "PROJECTION"}
+    assert required <= set(found) <= required | {"SAME_HEADS"}
     assert found["ROWS"] in ("token", "sample", "label")
-    assert found["SCOPE"] in ("trace", "layer", "batch")
+    assert found["SCOPE"] in ("trace", "layer", "module", "batch")
     known = {
         "trace": ("embedding", "final", "logits"),
         "layer": trace.LAYER_READS,
+        "module": ROLES,
         "batch": trace.VECTOR_READS,
     }
     assert found["READS"] and set(found["READS"]) <= set(known[found["SCOPE"]])
@@ -505,10 +584,11 @@ def test_a_loss_can_be_read_without_importing_it(name: str) -> None:
     assert parameters[0] == "student" and ("teacher" in parameters) == found["TEACHER"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_loss_imports_traces_and_kernels_only(name: str) -> None:
     for node in ast.walk(source(name)):
         if isinstance(node, ast.ImportFrom | ast.Import):
             module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            allowed = ("torch", "mlkd_dist.trace", "mlkd_kernels", "typing", "collections")
+            allowed = ("torch", "mlkd_dist.trace", "mlkd_dist.losses._", "mlkd_kernels", "typing")
+            allowed += ("collections",)
             assert module.startswith(allowed), module

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from mlkd_dist import engine
-from mlkd_dist.config import from_mapping
+from mlkd_dist.config import OpenConfig, from_mapping
 from mlkd_dist.engine import World
 from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.schedule import Opening
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Layer, Trace
 
@@ -47,6 +48,8 @@ def trace(width: int, seed: int, mask: torch.Tensor) -> Trace:
     made.labels = torch.tensor([0, 2, 0])
     for i in range(LAYERS):
         made.layers[i] = Layer(mask, 2, context=random(B, L, width), hidden=random(B, L, width))
+    for layer in made.layers.values():
+        layer.cls, layer.mean = random(B, width), random(B, width)
     made.vectors = {kind: random(B, width) for kind in ("cls", "mean")}
     return made
 
@@ -122,6 +125,9 @@ def test_hidden_mse_from_its_formula() -> None:
         ("attention_relation", {"splits": 1}),
         ("attention_relation", {"average": "token"}),
         ("embedding_relation", {"average": "token"}),
+        ("cls_cosine", {"of": "mean"}),
+        ("cls_cosine", {"sum_layers": "mean"}),
+        ("embedding_mse", {"average": "token"}),
         ("sample_relation", {"of": "mean"}),
         ("sample_contrast", {"of": "mean"}),
         ("sample_contrast", {"positives": "sample"}),
@@ -145,8 +151,91 @@ def test_projections_exist_where_they_are_needed() -> None:
     ]
     assert keys({"hidden_mse": {}, "sample_contrast": {}}, TEACHER) == []
     assert keys({"hidden_mse": {"project": "always"}}, TEACHER) == ["hidden_mse"]
+    assert keys({"cls_cosine": {}, "embedding_mse": {}}, STUDENT) == ["cls_cosine", "embedding_mse"]
     per_layer = {"hidden_mse": {"shared_projection": False}}
     assert keys(per_layer, STUDENT) == ["hidden_mse_0", "hidden_mse_1"]
+
+
+def opened(losses: dict[str, dict], kind: str, phase: int) -> tuple[Objective, nn.ModuleDict]:
+    objective = Objective(
+        options(losses), "uniform", Widths(STUDENT, LAYERS), Widths(TEACHER, LAYERS), "auto",
+        World(0, 1, 0, torch.device("cpu")),
+    )  # fmt: skip
+    rule = OpenConfig(kind, threshold=0.05, keep_soft_labels=False, check_every=1)
+    objective.opening = Opening(rule, objective.layers, 12)
+    objective.opening.load_state_dict({"phase": phase, "total": 0.0, "count": 0})
+    return objective, objective.projections()
+
+
+STACK: dict[str, dict] = {
+    "cls_cosine": {"shared_projection": False},
+    "hidden_mse": {},
+    "soft_labels": {},
+    "sample_relation": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "phase", "layers"),
+    [("pid", 0, [0]), ("pid", 1, [1]), ("pid", 2, []), ("sid", 0, [0]), ("sid", 1, [0, 1])],
+)
+def test_closed_layers_are_neither_kept_nor_computed(
+    kind: str, phase: int, layers: list[int]
+) -> None:
+    objective, projections = opened(STACK, kind, phase)
+    mask = batch().inputs["attention_mask"].bool()
+    student, teacher = trace(STUDENT, 1, mask), trace(TEACHER, 2, mask)
+    for closed in {0, 1} - set(layers):
+        # Computing it would raise.
+        student.layers[closed] = teacher.layers[closed] = Layer(mask, 2)
+    if layers:
+        student.logits = None
+    for side in (0, 1):
+        needs = objective.needs(side)
+        assert sorted(needs.layers) == layers
+        assert needs.model == (frozenset() if layers else {"logits", "cls"})
+    given = batch()
+    peers = objective.peers([given], [teacher], None)
+    assert (peers is None) == bool(layers)
+    rows = objective.global_rows([given])
+    total, shares = objective(student, teacher, given, rows, projections, peers, 0)
+    counted = [name for name, share in zip(objective.names, shares, strict=True) if share != 0]
+    assert counted == objective.open_names == ([*STACK][:2] if layers else [*STACK][2:])
+    assert total.item() == pytest.approx(shares.sum().item(), rel=1e-6)
+    told = objective.open_layers()
+    assert [key for key, value in told.items() if value] == (
+        [f"open/layer_{k}" for k in layers] or ["open/prediction"]
+    )
+
+
+def test_a_projection_that_no_open_term_uses_gets_a_gradient_of_zero() -> None:
+    """None at all would leave ZeRO-3 with that of an earlier step."""
+    objective, projections = opened(STACK, "pid", 1)
+    mask = batch().inputs["attention_mask"].bool()
+    given = batch()
+    args = (given, objective.global_rows([given]), projections, None, 0)
+    objective(trace(STUDENT, 1, mask), trace(TEACHER, 2, mask), *args)[0].backward()
+    assert sorted(projections) == ["cls_cosine_0", "cls_cosine_1", "hidden_mse"]
+    assert torch.count_nonzero(projections["cls_cosine_0"].weight.grad) == 0
+    for used in ("cls_cosine_1", "hidden_mse"):
+        assert projections[used].weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sum_layers", ["sum", "mean"])
+def test_the_rule_is_told_the_cosine_loss_per_open_layer(sum_layers: str) -> None:
+    losses = STACK | {"cls_cosine": {"sum_layers": sum_layers}}
+    objective, _ = opened(losses, "sid", 1)
+    shares = torch.tensor([0.5, 9.0, 0.0, 0.0])
+    told = objective.mean_cosine(shares).item()
+    assert told == pytest.approx(0.25 if sum_layers == "sum" else 0.5)
+    # Step 8 is the first of the classifier by its budget; a small loss opens it before.
+    assert not objective.end_step(5, shares)
+    assert objective.end_step(6, shares * 0.01) and objective.opening.predicts_only
+
+
+def test_a_cosine_loss_without_an_open_layer_opens_nothing() -> None:
+    objective, _ = opened(STACK | {"cls_cosine": {"layers": "last"}}, "pid", 0)
+    assert objective.opening.watches and not objective.end_step(0, torch.zeros(4))
 
 
 def test_samples_that_do_not_count_change_nothing() -> None:
@@ -154,8 +243,8 @@ def test_samples_that_do_not_count_change_nothing() -> None:
     losses: dict[str, dict] = {
         name: {}
         for name in (
-            "embedding_relation attention_relation hidden_mse sample_relation sample_contrast "
-            "soft_labels hard_labels"
+            "embedding_relation embedding_mse attention_relation hidden_mse cls_cosine "
+            "sample_relation sample_contrast soft_labels hard_labels"
         ).split()
     }
     kept = (True, True, False)
@@ -221,3 +310,22 @@ def test_sample_terms_reach_the_projection_once() -> None:
     loss.backward()
     assert torch.allclose(shares, share, atol=1e-6)
     assert torch.allclose(by_parts, weight.grad, atol=1e-6) and weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "ours", "theirs"),
+    [
+        ({"of": ["query", "up"]}, ["output"], ["output"]),
+        ({"of": ["query", "up"], "input": "teacher"}, ["apply"], ["input", "output"]),
+    ],
+)
+def test_matrices_are_kept_as_the_loss_takes_them(given: dict, ours: list, theirs: list) -> None:
+    """With the teacher's input nothing of the student's own pass is needed."""
+    losses = options({"module_mse": given | {"layers": [[1, 0]]}, "hidden_mse": {}})
+    both = Widths(STUDENT, LAYERS)
+    objective = Objective(losses, "last", both, both, "auto", World(0, 1, 0, torch.device("cpu")))
+    for side, layer, fields in ((0, 1, ours), (1, 0, theirs)):
+        needs = objective.needs(side)
+        reads = {(role, field) for role in ("query", "up") for field in fields}
+        assert needs.matrices == {layer: reads} and needs.layers == {1: {"hidden"}}
+        assert needs.depth() == 2

@@ -1,13 +1,22 @@
 """Whole runs of two processes: what is exported, what is logged, what repeats."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, logged, run_config
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from conftest import WORDS, launch, logged, run_config, write_model
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
+import mlkd_dist
+from mlkd_dist.low_rank import merge
 from mlkd_kernels import choose
 
 STAGES = [0, 1, 2, 3]
@@ -41,9 +50,61 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     configs["checkpointing"]["student"]["activation_checkpointing"] = "non_reentrant"
     configs["stages"] = config("stages", student__zero_stage=2, stages=two_stages, log_every=2)
     configs["embedding"] = config("embedding", task="embedding", student__zero_stage=3)
+    factors = {"low_rank": {"keep": 0.6, "budget": "energy"}, "dropout": False}
+    modules = {"module_mse": {}, "hidden_mse": {}, "attention_relation": {"of": ["query"]}}
+    local = {"module_mse": {"input": "teacher", "of": ["key", "output", "down"]}, "soft_labels": {}}
+    for stage in STAGES:
+        name = f"factors{stage}"
+        configs[name] = config(name, student=factors | {"zero_stage": stage})
+        configs[name]["stages"] = [
+            {"name": "own", "steps": 2, "losses": modules},
+            {"name": "teacher", "steps": 3, "losses": local},
+        ]
+    configs["factors3"]["student"]["activation_checkpointing"] = "non_reentrant"
+    configs["factors-bf16"] = config("factors-bf16", student=factors | {"zero_stage": 3})
+    configs["factors-bf16"]["student"]["dtype"] = configs["factors-bf16"]["teacher"]["dtype"] = (
+        "bf16"
+    )
+    configs["factors-bf16"]["teacher"]["zero_stage"] = 3
+    configs["factors-bf16"]["stages"] = configs["factors3"]["stages"]
+    # Joined matrices of the class Conv1D, and a head that is not factorised.
+    gpt2 = GPT2Config(
+        vocab_size=64, n_embd=48, n_layer=2, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
+    )
+    configs["factors-gpt2"] = config("factors-gpt2", student=factors | {"zero_stage": 3})
+    path = write_model(base / "gpt2", gpt2, AutoModelForSequenceClassification)
+    configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
+    configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
     configs["workers"] = config("workers", data__workers=1)
+    configs["pairs"] = config("pairs", data__text_pair="other")
+    configs["regression"] = config("regression", "regression", data__text_pair="other")
+    configs["regression"]["data"]["label"] = "score"
+    questions = write_questions(base / "questions.jsonl")
+    spans = {"train": questions, "text": "question", "text_pair": "passage", "label": "answers"}
+    spans |= {"validation": None, "validation_fraction": 0.3, "max_length": 24}
+    configs["answers"] = config("answers", "question_answering", student__zero_stage=3)
+    configs["answers"]["data"] |= spans
+    # Four layers of the teacher's width, and no head.
+    headless = {"path": str(teachers["embedding"]), "zero_stage": 3}
+    configs["headless"] = config("headless", student=headless)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
+
+
+def write_questions(path: Path) -> str:
+    """Which word comes after this one? In passages of one and of two windows; some do not say."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for length in [10, 30] * 10:
+            words = draw.sample(WORDS, length)
+            passage, asked = " ".join(words), draw.randrange(length - 1)
+            found = words[asked + 1]
+            answers = {"text": [found], "answer_start": [f" {passage} ".index(f" {found} ")]}
+            if draw.random() < 0.3:
+                answers = {"text": [], "answer_start": []}
+            row = {"question": words[asked], "passage": passage, "answers": answers}
+            file.write(json.dumps(row) + "\n")
+    return str(path)
 
 
 def folder(config: dict) -> Path:
@@ -89,6 +150,104 @@ def test_bf16_trains_and_exports(runs: dict, stage: int) -> None:
     ours, theirs = logged(config), logged(runs[f"zero{stage}"])
     assert ours[0]["loss/total"] == pytest.approx(theirs[0]["loss/total"], rel=0.05)
     assert ours[4]["loss/total"] < 0.8 * ours[0]["loss/total"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_factors_train_and_are_exported_at_every_stage(runs: dict, stage: int) -> None:
+    config = runs[f"factors{stage}"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert type(student).__name__ == "BertForSequenceClassification"
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    numbers = sum(p.numel() for p in student.parameters())
+    report = json.loads((folder(config) / "report.json").read_text())
+    assert report["student"]["parameters"] == report["student_before"]["parameters"] == numbers
+    # Four layers of 4 x 48 x 48 and 2 x 48 x 64 numbers at 0.6, but for a rank each at most.
+    saved = report["teacher"]["parameters"] - numbers
+    assert 0.4 * 4 * 15360 <= saved < 0.4 * 4 * 15360 + 112
+    before = mlkd_dist.load_student(folder(config) / "student")
+    assert not torch.allclose(before(**inputs).logits, logits, atol=1e-2)
+    merge(student)
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    for ours, theirs in zip(logged(config), logged(runs["factors0"]), strict=True):
+        for name in (key for key in theirs if key.startswith("loss/") or key == "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_factors_of_a_decoder(runs: dict) -> None:
+    config = runs["factors-gpt2"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert torch.allclose(student(**inputs).logits, logits, atol=1e-5)
+    assert torch.allclose(merge(student)(**inputs).logits, logits, atol=1e-5)
+    assert logged(config)[4]["loss/module_mse"] < logged(config)[2]["loss/module_mse"]
+
+
+def test_factors_train_in_half_precision(runs: dict) -> None:
+    config = runs["factors-bf16"]
+    inputs, logits = trained(config)
+    student = mlkd_dist.load_student(folder(config) / "export")
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert torch.allclose(student(**inputs).logits.float(), logits.float(), atol=0.05)
+    ours, theirs = logged(config), logged(runs["factors0"])
+    for step in (0, 2):
+        assert ours[step]["loss/module_mse"] == pytest.approx(
+            theirs[step]["loss/module_mse"], rel=0.1
+        )
+
+
+def test_pairs_of_texts_reach_the_model_as_pairs(runs: dict) -> None:
+    inputs, logits = trained(runs["pairs"])
+    # [CLS] one [SEP] other [SEP]
+    assert all(row.count(3) == 2 for row in inputs["input_ids"].tolist())
+    assert inputs["token_type_ids"].max() == 1
+    model = AutoModelForSequenceClassification.from_pretrained(folder(runs["pairs"]) / "export")
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+
+
+def test_a_regression_learns_numbers(runs: dict) -> None:
+    rows = logged(runs["regression"])
+    assert rows[-1]["loss/hard_labels"] < 0.9 * rows[0]["loss/hard_labels"]
+    assert rows[-1]["loss/soft_labels"] > 0
+    path = folder(runs["regression"])
+    report = json.loads((path / "report.json").read_text())
+    assert set(report["student"]["agreement"]) == {"pearson", "spearman", "mse"}
+    # The held-out pairs one by one, without any of our code.
+    tokenizer = AutoTokenizer.from_pretrained(path / "export")
+    model = AutoModelForSequenceClassification.from_pretrained(path / "export").eval()
+    lines = Path(runs["regression"]["data"]["validation"]).read_text().splitlines()
+    found, truth = [], []
+    for row in map(json.loads, lines):
+        inputs = tokenizer(row["text"], row["other"], return_tensors="pt")
+        found.append(model(**inputs).logits.item())
+        truth.append(row["score"])
+    expected = torch.corrcoef(torch.tensor([found, truth]))[0, 1].item()
+    assert report["student"]["quality"]["pearson"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_answers_are_learned_and_measured(runs: dict) -> None:
+    inputs, starts = trained(runs["answers"])
+    model = AutoModelForQuestionAnswering.from_pretrained(folder(runs["answers"]) / "export")
+    real = inputs["attention_mask"].bool()
+    assert torch.allclose(model.eval()(**inputs).start_logits[real], starts[real], atol=1e-5)
+    rows = logged(runs["answers"])
+    assert rows[-1]["loss/hard_labels"] < 0.95 * rows[0]["loss/hard_labels"]
+    assert rows[-1]["loss/soft_labels"] > 0
+    report = json.loads((folder(runs["answers"]) / "report.json").read_text())
+    # Six of twenty rows are held out; the long ones are two windows each.
+    assert 6 < report["held_out_rows"] <= 12
+    assert set(report["student"]["quality"]) == {"em", "f1"}
+    assert 0 <= report["student"]["agreement"]["same_answer"] <= 1
+
+
+def test_a_student_without_a_head_gets_that_of_its_teacher(runs: dict) -> None:
+    inputs, logits = trained(runs["headless"])
+    path = folder(runs["headless"])
+    model = AutoModelForSequenceClassification.from_pretrained(path / "export")
+    assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+    assert model.config.num_labels == 3 and model.config.num_hidden_layers == 4
+    report = json.loads((path / "report.json").read_text())
+    assert "student_before" not in report and "kl" in report["student"]["agreement"]
 
 
 def test_an_export_is_an_ordinary_folder(runs: dict) -> None:

@@ -52,7 +52,8 @@ def teacher_of(family: str, folder: Path, model_class: type = AutoModel) -> Path
 def cut(
     teacher: Path, out: Path, model_class: type = AutoModel, **settings: object
 ) -> torch.nn.Module:
-    make_student(model_class, str(teacher), FromTeacherConfig(**settings), out)
+    given = StudentConfig(from_teacher=FromTeacherConfig(**settings))
+    make_student(model_class, str(teacher), given, out)
     return model_class.from_pretrained(out).eval()
 
 

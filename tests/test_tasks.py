@@ -75,6 +75,42 @@ def test_classification_measures() -> None:
     assert found == {"same_class": 0.0, "kl": pytest.approx(kl.item())}
 
 
+def test_regression_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = DataConfig(train="x", text="a", text_pair="b", label="score")
+    task = tasks.load("regression")(TaskConfig(kind="regression"), data)
+    raw = {"a": TEXTS, "b": ["w9", "w8 w7", "w6"], "score": [2.5, 0, -1]}
+    rows = rows_of(task, tokenizer, raw)
+    batch = task.collate(rows, [True, True, False], tokenizer)
+    assert batch.inputs["input_ids"][1].tolist()[:6] == [2, 8, 3, 13, 12, 3]
+    assert batch.labels.tolist() == [2.5, 0.0, -100.0] and batch.labels.dtype == torch.float32
+    assert batch.label_keep.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("wrong", ["3", True, float("nan"), float("inf"), -100])
+def test_a_regression_label_that_is_no_number_is_named(tokenizer: Any, wrong: Any) -> None:
+    raw = {"text": TEXTS, "label": [2.5, wrong, 1]}
+    with pytest.raises(ValueError, match=f"column 'label': {wrong!r} is not a number"):
+        task_of("regression").encode(raw, tokenizer, 16)
+
+
+def test_regression_measures() -> None:
+    task = task_of("regression")
+    truth, said = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 1.5, 4.0, 3.0])
+    batch = tasks.Batch({}, torch.tensor([True] * 4 + [False]), torch.zeros(5), torch.ones(5))
+    batch.labels[:4] = truth
+    trace = Trace(torch.ones(5, 1).bool(), 1, logits=torch.cat([said, said[:1]]).unsqueeze(1))
+    outputs = task.outputs(trace, batch)
+    assert outputs["value"].tolist() == said.tolist()
+    found = task.quality(outputs)
+    assert found["pearson"] == pytest.approx(np.corrcoef(truth, said)[0, 1])
+    assert found["spearman"] == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 2, 4, 3])[0, 1])
+    agreement = task.agreement(outputs, outputs | {"value": truth})
+    assert agreement["mse"] == pytest.approx((1 + 0.25 + 4 + 4) / 4)
+    assert agreement["pearson"] == pytest.approx(found["pearson"])
+    # The same number for every text has no correlation with anything.
+    assert task.quality(outputs | {"value": torch.ones(4)}) == {}
+
+
 def test_labels_outside_the_head_are_named() -> None:
     with pytest.raises(ValueError, match="label 3 is outside the model's 3 classes"):
         task_of("classification").check_labels([0, 2, -1, 3], 3)

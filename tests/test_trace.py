@@ -157,6 +157,35 @@ def test_attention_is_made_of_what_is_shown(family: str) -> None:
     )
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Gemma2"])
+def test_a_layer_knows_how_its_attention_map_is_made(family: str) -> None:
+    """softmax(scale <query, key>) is what transformers itself says, by head, where tokens are
+    padded too. Gemma-2 caps its scores: preflight.py refuses it."""
+    tapped = model_of(family, "mlkd_tap_sdpa").eval()
+    plain, inputs = model_of(family, "eager").eval(), text()
+    trace = capture(tapped, tapped, inputs, EVERYTHING, None)
+    truth = plain(**inputs, output_attentions=True).attentions
+    mask = inputs["attention_mask"].bool()
+    for index in range(3):
+        layer = trace.layers[index]
+        query, key = layer.by_head("query"), layer.by_head("key")
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scale = query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
+        seen = mask[:, None, None].expand(-1, 1, 7, -1)
+        seen = seen.tril() if layer.causal else seen
+        found = (query @ key.mT * scale).masked_fill(~seen, float("-inf")).softmax(-1)
+        rows = mask[:, None].expand(-1, found.shape[1], -1)
+        assert torch.allclose(found[rows], truth[index][rows], atol=1e-5)
+
+
+def test_a_layer_shows_one_vector_per_sample() -> None:
+    model, inputs = model_of("Bert", "mlkd_tap_sdpa").eval(), text()
+    layer = capture(model, model, inputs, EVERYTHING, None).layers[1]
+    assert torch.equal(layer.cls, layer.hidden[:, 0])
+    assert torch.equal(layer.last, layer.hidden[[0, 1], [6, 4]])
+    assert torch.allclose(layer.mean[1], layer.hidden[1, :5].mean(0), atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["Bert", "ModernBert", "Llama", "GPT2"])
 @pytest.mark.parametrize("read", ["context", "query", "hidden", "attention_output"])
 def test_activation_checkpointing_keeps_gradients(family: str, read: str) -> None:

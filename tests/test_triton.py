@@ -5,14 +5,13 @@ Not bf16, whose products the interpreter gets wrong, and no races, registers or 
 
 import importlib.util
 import itertools
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import FP16, FP32, LONG, check_parity, padding, randn, run
 from torch import Tensor
 
 import mlkd_kernels
@@ -20,66 +19,6 @@ import mlkd_kernels
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton here")
 
 BACKENDS = ("eager", "streamed", "triton")
-FP32, FP16 = torch.float32, torch.float16
-# Relative to the largest row and to the gradient's norm: the rounding of fp32 scores, and in fp16
-# of what is multiplied by the student's rows.
-ROWS = {FP32: 1e-5, FP16: 1e-5}
-GRADIENT = {FP32: 1e-5, FP16: 1e-3}
-# No block owns more than 128 rows or walks over more than 64 keys at a time: 150 tokens are more
-# than one of either, and 140 of padding more than two blocks of keys.
-LONG, PADDED = 150, 140
-
-
-def start_interpreter() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-    for name in ("empty", "empty_like"):
-        setattr(torch, name, poisoned(getattr(torch, name)))
-    from mlkd_kernels._backend import WIDEST_HEAD
-    from mlkd_kernels.triton import _tiles
-
-    # The interpreter pays for each tile and not for its size; fp16 keeps the shipped ones.
-    for table in _tiles.TILES.values():
-        table[4] = [(2 * WIDEST_HEAD, _tiles.Tile(64, 64, 4, 1))]
-
-
-def poisoned(function: Callable) -> Callable:
-    """What a kernel leaves unwritten must not happen to be 0."""
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        result = function(*args, **kwargs)
-        return result.fill_(float("nan")) if result.is_floating_point() else result
-
-    return empty
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable]:
-    """Calls a function in a process of its own: Triton chooses the interpreter when it is
-    imported, which no other test must notice."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start_interpreter) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padding(kind: str, batch: int, length: int) -> Tensor | None:
-    if kind == "none":
-        return None
-    keep = torch.ones(batch, length, dtype=torch.bool)
-    if kind == "right":
-        keep[0, length // 2 :] = False
-    if kind == "left":
-        keep[0, : min(PADDED, length - 1)] = False
-    if kind == "holes":
-        keep[0, length // 4 : length // 2] = False
-        keep[-1, ::3] = False
-    if kind == "whole":
-        keep[0] = False
-    return keep
 
 
 def relation(
@@ -116,36 +55,6 @@ def attention(
         lambda q, k: attention_kl(q, k, *teacher, keep, **options),
         lambda q, k: mlkd_kernels.attention_kl(q, k, *wide, mask=keep, backend="eager", **options),
     )
-
-
-def run(function: Callable, inputs: list[Tensor], weight: Tensor | None = None) -> list[Tensor]:
-    """Rows and gradients, each row with an upstream gradient of its own, some negative, one 0."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    rows = function(*leaves)
-    if weight is None:
-        weight = randn(*rows.shape, seed=9)
-        weight[..., 0] = 0.0
-    return [rows.detach(), *torch.autograd.grad(rows, leaves, weight.to(rows.dtype))]
-
-
-def check_parity(
-    pair: tuple[Callable, Callable],
-    inputs: list[Tensor],
-    rows_within: float | None = None,
-    gradient_within: float | None = None,
-    weight: Tensor | None = None,
-) -> None:
-    kernel, eager = pair
-    dtype = inputs[0].dtype
-    rows, *grads = run(kernel, inputs, weight)
-    true_rows, *true_grads = run(eager, [x.double() for x in inputs], weight)
-    assert rows.dtype == FP32
-    error = (rows - true_rows).abs().max() / true_rows.abs().max().clamp_min(1e-30)
-    assert error <= (rows_within or ROWS[dtype]), f"rows are off by {error:.1e}"
-    for grad, true_grad, x in zip(grads, true_grads, inputs, strict=True):
-        assert grad.dtype == dtype and grad.shape == x.shape
-        error = (grad - true_grad).norm() / true_grad.norm().clamp_min(1e-30)
-        assert error <= (gradient_within or GRADIENT[dtype]), f"gradient is off by {error:.1e}"
 
 
 def check_relation(
@@ -245,14 +154,17 @@ KINDS = ("none", "right", "left", "holes", "whole")
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_whole_grid(interpreted: Callable, dtype: torch.dtype, causal: bool) -> None:
     lengths = (1, 2, 15, 16, 17, 63, 64, 65, 100, 129)
+    relations, attentions = [], []
     for i, (length, kind) in enumerate(itertools.product(lengths, KINDS)):
         widths = WIDTHS[i % 9], WIDTHS[(i * 5 + 3) % 9]
         # Twelve heads where they cost the interpreter least, and a second sequence where the first
         # is all padding.
         heads, batch = (12 if length < 17 else 1 + i % 3), (2 if kind == "whole" else 1)
-        interpreted(check_relation, dtype, length, heads, widths, causal, kind, batch)
+        relations.append((dtype, length, heads, widths, causal, kind, batch))
         groups = ((4, 4, 4), (4, 2, 1), (4, 1, 2))[i % 3]
-        interpreted(check_attention, dtype, length, groups, widths, causal, kind)
+        attentions.append((dtype, length, groups, widths, causal, kind))
+    interpreted.each(check_relation, relations)
+    interpreted.each(check_attention, attentions)
 
 
 def check_identical(dtype: torch.dtype, causal: bool, kind: str) -> None:
@@ -430,9 +342,9 @@ def check_refused() -> None:
         torch.testing.assert_close(public[name], public["eager"])
     wide = randn(1, 4, 257)
     with pytest.raises(ValueError, match="triton: its heads have a width of 256 at most"):
-        mlkd_kernels.relation_kl(wide, wide, heads=1, backend="triton")
-    with pytest.raises(ValueError, match="no Triton kernel yet"):
-        mlkd_kernels.info_nce(x[0], x[0], backend="triton")
+        mlkd_kernels.attention_kl(*[wide[None]] * 4, backend="triton")
+    with pytest.raises(ValueError, match="triton: it takes fp32, fp16 and bf16"):
+        mlkd_kernels.info_nce(x[0].double(), x[0].double(), backend="triton")
     # By name only: the interpreter is for tests.
     assert mlkd_kernels.choose("triton") == "triton" and mlkd_kernels.choose("auto") == "streamed"
     for x in (randn(1, 4, 257), randn(1, 4, 16).double()):
@@ -443,3 +355,19 @@ def check_refused() -> None:
 
 def test_what_is_not_supported_says_so(interpreted: Callable) -> None:
     interpreted(check_refused)
+
+
+def check_tuned(folder: str) -> None:
+    from mlkd_kernels.triton import _tiles
+
+    _tiles.TUNED = Path(folder)
+    table = {name: dict(sizes) for name, sizes in _tiles.TILES.items()}
+    table["forward"][2] = [(64, _tiles.Tile(16, 16, 1, 1)), (512, _tiles.Tile(32, 16, 2, 1))]
+    _tiles.write(table, _tiles.tuned_path("NVIDIA  Some GPU (80GB)"))
+    assert _tiles.tuned("nvidia some-gpu 80GB") == table
+    assert _tiles.tuned("another") is None
+    assert _tiles.tiles_of(None) is _tiles.TILES
+
+
+def test_a_device_has_tiles_of_its_own(interpreted: Callable, tmp_path: Path) -> None:
+    interpreted(check_tuned, str(tmp_path))

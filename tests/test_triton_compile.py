@@ -46,20 +46,38 @@ def leave_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+
+
+def row_kernels() -> list[tuple[str, dict[str, Any]]]:
+    """The kernels along rows, with everything optional that takes registers, and without."""
+    bare = {"bias": None, "excluded": None}
+    found = [("kl_rows", {"CAUSAL": True}), ("kl_slope", {"CAUSAL": True})]
+    found += [("kl_rows", {"CAUSAL": False, **bare}), ("kl_slope", {"CAUSAL": False, **bare})]
+    for kind in KINDS:
+        found.append(("divergence_rows", {"KIND": kind, "labels": None}))
+    plain = {"teacher_cap": None, "student_cap": None, "weight": None}
+    found.append(("divergence_rows", {"KIND": "forward_kl", "labels": None, **plain}))
+    found.append(("divergence_rows", {"KIND": "jsd", "labels": None, "slope": None}))
+    alone = {"teacher": None, "teacher_cap": None}
+    found.append(("divergence_rows", {"KIND": "cross_entropy", **alone}))
+    found += [("contrast", {"SIDE": 0, "grad": None}), ("contrast", {"SIDE": 1, "out": None})]
+    return found
+
+
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[Callable]:
     """Compiles many in processes of their own: in this one Triton may have been imported to
-    interpret. Cases of build's arguments -> its results."""
+    interpret. Cases of build's arguments, or of another function's -> its results."""
     context = multiprocessing.get_context("spawn")
     workers = os.cpu_count()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=leave_interpreter) as pool:
-        yield lambda cases: [job.result() for job in [pool.submit(build, *case) for case in cases]]
+        yield lambda cases, by=build: [
+            job.result() for job in [pool.submit(by, *case) for case in cases]
+        ]
 
 
-def argument(name: str, values: dict[str, Any], element: str) -> Any:
-    """The type of a kernel's argument as Triton writes it, or its value where it is constant."""
-    if name in values:
-        return values[name]
+def argument(name: str, element: str) -> str:
     if name.endswith("_scale"):
         return "fp32"
     if name.endswith(("_batch", "_head", "_row", "_group")) or name in ("heads", "length"):
@@ -67,6 +85,17 @@ def argument(name: str, values: dict[str, Any], element: str) -> Any:
     if name.endswith("_lse") or name in ("rows", "grad", "unit"):
         return "*fp32"
     return {"keep": "*i1"}.get(name, f"*{element}")
+
+
+def row_argument(name: str) -> str:
+    if name in ("beta", "teacher_cap", "student_cap"):
+        return "fp32"
+    if name in ("own", "labels", "labels_all"):
+        return "*i64"
+    if name in ("keep", "keep_all"):
+        return "*i1"
+    numbers = "rows columns bias_head start excluded vocabulary line first_row samples".split()
+    return "i32" if name in numbers else "*fp32"
 
 
 def build(
@@ -77,11 +106,8 @@ def build(
     element: str | None = None,
     keep: bool = True,
 ) -> dict[str, Any]:
-    """Shared memory, bytes of stack that the registers spill to, and the code."""
+    """A kernel that makes scores, in the tile for such heads."""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from mlkd_kernels.triton import _tiles, attention_map, relation
 
@@ -100,24 +126,51 @@ def build(
     values |= {} if element == "fp16" else {"unit": None}
     values |= {} if keep else {"keep": None}
     kernel = getattr(attention_map if "attention" in name else relation, name)
-    types = {arg: argument(arg, values, element) for arg in kernel.arg_names}
-    constant = {arg: value for arg, value in types.items() if not isinstance(value, str)}
+    types = {arg: argument(arg, element) for arg in kernel.arg_names if arg not in values}
+    return compile_for(target, kernel, types, values, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def build_row(name: str, target: str, columns: int, values: dict[str, Any]) -> dict[str, Any]:
+    """A kernel that walks along rows of scores."""
+    from mlkd_kernels.triton import _tiles, contrastive, divergence, row_kl
+
+    kernel = next(
+        getattr(module, name)
+        for module in (row_kl, divergence, contrastive)
+        if hasattr(module, name)
+    )
+    tile = _tiles.row_tile(columns)
+    values = {**values, "BLOCK": tile.block}
+    types = {arg: row_argument(arg) for arg in kernel.arg_names if arg not in values}
+    return compile_for(target, kernel, types, values, num_warps=tile.warps)
+
+
+def compile_for(
+    target: str,
+    kernel: Any,
+    types: dict[str, str],  # argument -> its type as Triton writes it
+    values: dict[str, Any],  # argument -> what it is always
+    **options: int,
+) -> dict[str, Any]:
+    """Shared memory, bytes of stack that the registers spill to, and the code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, (arg, kind) in enumerate(types.items())
-        if isinstance(kind, str) and kind != "fp32" and arg != "length"
+        for i, arg in enumerate(kernel.arg_names)
+        if types.get(arg, "fp32") != "fp32" and arg not in kernel.do_not_specialize
     }
-    signature = {arg: "constexpr" if arg in constant else kind for arg, kind in types.items()}
+    signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
+    values = {arg: value for arg, value in values.items() if arg in signature}
     device = (
         GPUTarget("hip", target, 64)
         if target.startswith("gfx")
         else GPUTarget("cuda", int(target[3:]), 32)
     )
-    result = triton.compile(
-        ASTSource(kernel, signature, constant, aligned),
-        target=device,
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
+    source = ASTSource(kernel, signature, values, aligned)
+    result = triton.compile(source, target=device, options=options)
     return {"shared": result.metadata.shared, **usage(result.asm)}
 
 
@@ -179,6 +232,32 @@ def test_every_configuration_compiles(
     compiled: Callable, name: str, target: str, causal: bool
 ) -> None:
     check(compiled, [(name, target, widths, causal) for widths in WIDTHS[target]])
+
+
+ROW_CASES = [
+    (name, target, columns, values)
+    for target in SHARED
+    for name, values in row_kernels()
+    for columns in ((4096,) if name == "divergence_rows" else (128, 4096))
+]
+
+
+def check_rows(compiled: Callable, cases: list[tuple]) -> None:
+    for case, result in zip(cases, compiled(cases, build_row), strict=True):
+        assert result["shared"] <= SHARED[case[1]], (case, result)
+        assert result["spilled"] == 0, (case, result)
+
+
+def test_some_row_kernels_compile(compiled: Callable) -> None:
+    """The ones with most registers, on the devices asked for most."""
+    most = ("skew_forward_kl", "jsd")
+    cases = [c for c in ROW_CASES if c[1] in ("sm_80", "sm_90") and c[3].get("KIND") in most]
+    check_rows(compiled, cases)
+
+
+@pytest.mark.slow
+def test_every_row_kernel_compiles(compiled: Callable) -> None:
+    check_rows(compiled, ROW_CASES)
 
 
 @pytest.mark.slow

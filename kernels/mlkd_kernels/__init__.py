@@ -4,7 +4,7 @@ Gradients go to the student's side only; rows are fp32, float64 where the inputs
 """
 
 from mlkd_kernels._backend import backends, choose
-from mlkd_kernels.attention_map import attention_kl
+from mlkd_kernels.attention_map import attention_kl, attention_mse
 from mlkd_kernels.contrastive import info_nce
 from mlkd_kernels.linear_divergence import linear_divergence
 from mlkd_kernels.relation import relation_kl
@@ -12,6 +12,7 @@ from mlkd_kernels.similarity import similarity_kl, similarity_mse
 
 __all__ = [
     "attention_kl",
+    "attention_mse",
     "backends",
     "choose",
     "info_nce",

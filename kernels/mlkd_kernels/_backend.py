@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 AVAILABLE = "available"
-NO_KERNEL = "this operation has no Triton kernel yet"
-# What the Triton kernels of relations and attention maps take. A row block and its gradient must
-# lie in registers; the widest attention heads have 256.
+# What the Triton kernels that make scores take: a row block and its gradient lie in registers. The
+# widest attention heads have 256; wider relations have their scores from a matrix product.
 WIDEST_HEAD = 256
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,9 +41,15 @@ def choose(backend: str, like: Tensor | None = None, *, triton_lacks: str | None
 
 
 def head_lacks(student_width: int, teacher_width: int, *dtypes: torch.dtype) -> str | None:
-    """Why the Triton kernels do not take heads of these widths and types; None where they do."""
+    """Why the Triton kernels that make scores do not take heads of these widths and types; None
+    where they do."""
     if max(student_width, teacher_width) > WIDEST_HEAD:
         return f"its heads have a width of {WIDEST_HEAD} at most"
+    return type_lacks(*dtypes)
+
+
+def type_lacks(*dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernels do not take these types; None where they do."""
     if any(dtype not in TRITON_DTYPES for dtype in dtypes):
         return "it takes fp32, fp16 and bf16"
     return None

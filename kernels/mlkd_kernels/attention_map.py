@@ -1,11 +1,13 @@
-"""KL between the attention maps of teacher and student, head by head."""
+"""How the attention maps of teacher and student differ, head by head."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, head_lacks
-from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs, wide_type
 from mlkd_kernels.streamed import attention_map as streamed
 
 
@@ -29,23 +31,36 @@ def attention_kl(
     heads, batches or lengths differ or key heads do not divide query heads. Aguilar et al. 2020
     (arXiv 1910.03723).
     """
-    shapes = [student_query.shape, teacher_query.shape]
-    if shapes[0][:3] != shapes[1][:3]:
-        raise ValueError(
-            f"the student's queries are {tuple(shapes[0])} and the teacher's {tuple(shapes[1])}; "
-            "batch, heads and length must be the same. Where the heads differ use relation_kl, "
-            "which cuts both widths anew."
-        )
-    keep = None if mask is None else keep_or_all(mask, student_query.transpose(1, 2), 2)
-    options = {
-        "causal": causal,
-        "student_scale": _scale("student", student_query, student_key, student_scale),
-        "teacher_scale": _scale("teacher", teacher_query, teacher_key, teacher_scale),
-    }
+    vectors = student_query, student_key, teacher_query, teacher_key
+    keep, scales = _checked(vectors, mask, student_scale, teacher_scale)
     queries = student_query, teacher_query
     lacks = head_lacks(*(x.shape[-1] for x in queries), *(x.dtype for x in queries))
-    run = BACKENDS[choose(backend, student_query, triton_lacks=lacks)]
-    return run(student_query, student_key, teacher_query, teacher_key, keep, **options)
+    backend = choose(backend, student_query, triton_lacks=lacks)
+    return KL(backend, *vectors, keep, causal=causal, **scales)
+
+
+def attention_mse(
+    student_query: Tensor,  # [B, H, L, ds]
+    student_key: Tensor,  # [B, Hkv, L, ds]
+    teacher_query: Tensor,  # [B, H, L, dt]
+    teacher_key: Tensor,  # [B, Hkv', L, dt]
+    *,
+    mask: Tensor | None = None,  # [B, L] bool, True where a token is real
+    causal: bool = False,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [B, H, L]
+    """Mean over j of (s_ij - t_ij)^2, the scores before the softmax: t_ij = scale <q_i, k_j>.
+
+    s_ij is the student's likewise. Key heads, scales, mask and `causal` are as in attention_kl, and
+    so is what raises. Jiao et al. 2020 (arXiv 1909.10351), L_attn; our reading: scaled scores, and
+    the mean is over the keys that a row may look at.
+    """
+    vectors = student_query, student_key, teacher_query, teacher_key
+    keep, scales = _checked(vectors, mask, student_scale, teacher_scale)
+    backend = choose(backend, student_query, triton_lacks="attention_mse has no Triton kernel")
+    return MSE(backend, *vectors, keep, causal=causal, **scales)
 
 
 def eager(
@@ -65,11 +80,53 @@ def eager(
     return row_kl(teacher, student, token_pairs(keep, causal))
 
 
+def eager_mse(
+    student_query: Tensor,  # [B, H, L, ds]
+    student_key: Tensor,  # [B, Hkv, L, ds]
+    teacher_query: Tensor,  # [B, H, L, dt]
+    teacher_key: Tensor,  # [B, Hkv', L, dt]
+    keep: Tensor | None,  # [B, L] bool
+    *,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+) -> Tensor:  # [B, H, L]
+    keep = keep_or_all(keep, student_query.transpose(1, 2), 2)
+    student = _scores(student_query, student_key, keep, student_scale)
+    teacher = _scores(teacher_query.detach(), teacher_key.detach(), keep, teacher_scale)
+    allowed = token_pairs(keep, causal)
+    gap = torch.where(allowed, student - teacher, 0.0)
+    return gap.square().sum(-1) / allowed.sum(-1).clamp_min(1)
+
+
 def _scores(
     query: Tensor, key: Tensor, keep: Tensor, scale: float
 ) -> Tensor:  # [B, H, L, d], [B, Hkv, L, d] -> [B, H, L, L]
     query, key = (drop_masked(x, keep[:, None]) for x in (query, key))
     return gram(query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale)
+
+
+def _checked(
+    vectors: tuple[Tensor, ...],
+    mask: Tensor | None,
+    student_scale: float | None,
+    teacher_scale: float | None,
+) -> tuple[Tensor | None, dict[str, float]]:
+    """The mask and the scales; ValueError where heads, batches, lengths or key heads do not go
+    together."""
+    student_query, student_key, teacher_query, teacher_key = vectors
+    shapes = [student_query.shape, teacher_query.shape]
+    if shapes[0][:3] != shapes[1][:3]:
+        raise ValueError(
+            f"the student's queries are {tuple(shapes[0])} and the teacher's {tuple(shapes[1])}; "
+            "batch, heads and length must be the same. Where the heads differ use relation_kl, "
+            "which cuts both widths anew."
+        )
+    keep = None if mask is None else keep_or_all(mask, student_query.transpose(1, 2), 2)
+    return keep, {
+        "student_scale": _scale("student", student_query, student_key, student_scale),
+        "teacher_scale": _scale("teacher", teacher_query, teacher_key, teacher_scale),
+    }
 
 
 def _scale(name: str, query: Tensor, key: Tensor, scale: float | None) -> float:
@@ -90,4 +147,26 @@ def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
     return kernel(*tensors, **options)
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton}
+def _like(student_query: Tensor, *others: Tensor | None, **_: Any) -> Tensor:
+    vectors = student_query, *others[:3]
+    return student_query.new_empty(student_query.shape[:3], dtype=wide_type(*vectors))
+
+
+SCHEMA = (
+    "Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
+    "Tensor? keep, bool causal, float student_scale, float teacher_scale"
+)
+KL = Operation(
+    "attention_kl",
+    {"eager": eager, "streamed": streamed.attention_kl, "triton": _triton},
+    SCHEMA,
+    leaves=2,
+    like=_like,
+)
+MSE = Operation(
+    "attention_mse",
+    {"eager": eager_mse, "streamed": streamed.attention_mse},
+    SCHEMA,
+    leaves=2,
+    like=_like,
+)

@@ -1,11 +1,14 @@
 """Contrast of student and teacher vectors over the global batch."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose
+from mlkd_kernels._backend import choose, type_lacks
+from mlkd_kernels._dispatch import Operation, not_traced
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices
 from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all
 from mlkd_kernels.streamed import contrastive as streamed
@@ -51,10 +54,15 @@ def info_nce(
     student, teacher = (drop_masked(x, keep) for x in (student, teacher.detach()))
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    chosen = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
     scores = 2 * len(student), 2 * global_samples(student, group)
-    small = choose(backend, student, triton_lacks=NO_KERNEL) == "eager" or is_small(*scores)
-    run = _eager if small else _streamed
-    return run(student, teacher, keep, labels, 1 / temperature, group)
+    if backend != "triton" and is_small(*scores):
+        chosen = "eager"
+    given = student, teacher, keep, labels
+    if group is None:
+        return OPERATION(chosen, *given, scale=1 / temperature)
+    run = not_traced(OPERATION.backends[chosen])
+    return run(*given, scale=1 / temperature, group=group)
 
 
 def _eager(
@@ -63,7 +71,7 @@ def _eager(
     keep: Tensor,  # [n] bool
     labels: Tensor | None,  # [n]
     scale: float,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [n]
     others, positives = _partners(keep, labels, own_indices(student, group), group)
     everyone = torch.cat([gather(student, group), gather(teacher, group)])
@@ -80,7 +88,8 @@ def _streamed(
     keep: Tensor,  # [n] bool
     labels: Tensor | None,  # [n]
     scale: float,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
+    ops: streamed.ContrastOps = streamed.PLAIN,
 ) -> Tensor:  # [n]
     partners = streamed.Partners(
         keep,
@@ -90,7 +99,23 @@ def _streamed(
         None if labels is None else gather(labels, group),
     )
     everyone = gather(student, group), gather(teacher, group)
-    return streamed.info_nce(student, teacher, *everyone, partners, scale)
+    return streamed.info_nce(student, teacher, *everyone, partners, scale, ops)
+
+
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.contrastive import FUSED
+
+    return _streamed(*tensors, **options, ops=FUSED)
+
+
+OPERATION = Operation(
+    "info_nce",
+    {"eager": _eager, "streamed": _streamed, "triton": _triton},
+    "Tensor student, Tensor teacher, Tensor keep, Tensor? labels, float scale",
+    leaves=1,
+    like=lambda student, *_, **__: student.new_empty(len(student)),
+)
 
 
 def _partners(

@@ -1,13 +1,15 @@
 """Divergences between the distributions that two output heads make of hidden states."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose
-from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl
+from mlkd_kernels._backend import choose, type_lacks
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, wide_type
 from mlkd_kernels.streamed import linear_divergence as streamed
 from mlkd_kernels.streamed.linear_divergence import Head
 
@@ -38,6 +40,7 @@ def linear_divergence(
     teacher_soft_cap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    truncate: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # scalar
     """Sum over rows of row_weight times the divergence of P (teacher) and Q (student).
@@ -52,40 +55,36 @@ def linear_divergence(
         skew_reverse_kl  KL(Q || beta Q + (1 - beta) P)
         tvd              sum_v |P_v - Q_v| / 2
         cross_entropy    -log Q[label], 0 where the label is -100; reads no teacher (give None)
-    Gradients go to student_hidden and student_weight. A row of weight 0 is never read. Raises
-    ValueError for an unknown kind, unequal vocabularies or numbers of rows, beta outside (0, 1) for
-    a mixture, labels missing or given to another kind. Agarwal et al. 2024 (arXiv 2306.13649) for
-    jsd, Ko et al. 2024 (arXiv 2402.03898) for the skewed ones.
+    With `truncate` the entries that only one vocabulary has are left out of both softmaxes: of one
+    tokenizer whose heads are padded to different sizes. Gradients go to student_hidden and
+    student_weight. A row of weight 0 is never read; on a GPU it still takes its place in the
+    products, since skipping it would wait for the device: leave out such rows before the call where
+    their number is known. Raises ValueError for an unknown kind, unequal vocabularies or numbers of
+    rows, beta outside (0, 1) for a mixture, labels missing or given to another kind. Agarwal et al.
+    2024 (arXiv 2306.13649) for jsd, Ko et al. 2024 (arXiv 2402.03898) for the skewed ones.
     """
     check_positive("temperature", temperature)
     _check_kind(kind, beta, labels)
     _check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
     if kind != "cross_entropy":
-        _check_vocabularies(student_weight, teacher_weight)
-    heads = [
-        _head(name, scale, soft_cap, temperature)
-        for name, scale, soft_cap in (
-            ("student", student_logit_scale, student_soft_cap),
-            ("teacher", teacher_logit_scale, teacher_soft_cap),
-        )
-    ]
-    run = (
-        _eager
-        if choose(backend, student_hidden, triton_lacks=NO_KERNEL) == "eager"
-        else streamed.linear_divergence
-    )
-    return run(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
+        student_weight, teacher_weight = _same_vocabulary(student_weight, teacher_weight, truncate)
+    _check_head("student", student_logit_scale, student_soft_cap)
+    _check_head("teacher", teacher_logit_scale, teacher_soft_cap)
+    given = student_hidden, student_weight, teacher_hidden, teacher_weight
+    lacks = type_lacks(*(x.dtype for x in given if x is not None))
+    return OPERATION(
+        choose(backend, student_hidden, triton_lacks=lacks),
+        *given,
         _keep(row_weight, labels),
+        None if row_weight is None else row_weight.detach(),
+        labels,
         kind=kind,
         beta=beta,
-        row_weight=None if row_weight is None else row_weight.detach(),
-        labels=labels,
-        student_head=heads[0],
-        teacher_head=heads[1],
+        temperature=temperature,
+        student_scale=student_logit_scale,
+        student_cap=student_soft_cap,
+        teacher_scale=teacher_logit_scale,
+        teacher_cap=teacher_soft_cap,
     )
 
 
@@ -95,14 +94,19 @@ def _eager(
     teacher_hidden: Tensor | None,  # [N, E]
     teacher_weight: Tensor | None,  # [V, E]
     keep: Tensor | None,  # [N] bool, None where all rows count
+    row_weight: Tensor | None,  # [N]
+    labels: Tensor | None,  # [N]
     *,
     kind: str,
     beta: float,
-    row_weight: Tensor | None,  # [N]
-    labels: Tensor | None,  # [N]
-    student_head: Head,
-    teacher_head: Head,
+    temperature: float,
+    student_scale: float,
+    student_cap: float | None,
+    teacher_scale: float,
+    teacher_cap: float | None,
 ) -> Tensor:  # scalar
+    student_head = Head(student_scale, student_cap, temperature)
+    teacher_head = Head(teacher_scale, teacher_cap, temperature)
     keep = keep_or_all(keep, student_hidden, 1)
     student = _logits(drop_masked(student_hidden, keep), student_weight, student_head)
     if kind == "cross_entropy":
@@ -115,6 +119,25 @@ def _eager(
     return (rows * weight.to(rows.dtype)).sum()
 
 
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.divergence import fused
+
+    return streamed.linear_divergence(*tensors, divergences=fused, **options)
+
+
+OPERATION = Operation(
+    "linear_divergence",
+    {"eager": _eager, "streamed": streamed.linear_divergence, "triton": _triton},
+    "Tensor student_hidden, Tensor student_weight, Tensor? teacher_hidden, Tensor? teacher_weight, "
+    "Tensor? keep, Tensor? row_weight, Tensor? labels, str kind, float beta, float temperature, "
+    "float student_scale, float? student_cap, float teacher_scale, float? teacher_cap",
+    leaves=2,
+    like=lambda *tensors, **_: tensors[0].new_empty((), dtype=wide_type(*tensors[:4])),
+    scalar=True,
+)
+
+
 def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V, D] -> [N, V]
     if head.soft_cap is None:
         return gram(hidden, weight, head.scale / head.temperature)
@@ -122,11 +145,10 @@ def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V
     return (logits / head.soft_cap).tanh() * (head.soft_cap / head.temperature)
 
 
-def _head(name: str, scale: float, soft_cap: float | None, temperature: float) -> Head:
+def _check_head(name: str, scale: float, soft_cap: float | None) -> None:
     check_positive(f"{name}_logit_scale", scale)
     if soft_cap is not None:
         check_positive(f"{name}_soft_cap", soft_cap)
-    return Head(scale, soft_cap, temperature)
 
 
 def _keep(row_weight: Tensor | None, labels: Tensor | None) -> Tensor | None:  # -> [N] bool
@@ -185,12 +207,18 @@ def _check_rows(rows: int, **given: Tensor | None) -> None:
             )
 
 
-def _check_vocabularies(student_weight: Tensor, teacher_weight: Tensor | None) -> None:
+def _same_vocabulary(
+    student_weight: Tensor, teacher_weight: Tensor | None, truncate: bool
+) -> tuple[Tensor, Tensor]:
     if teacher_weight is None:
         raise ValueError("no teacher is given; only kind='cross_entropy' reads none.")
+    if truncate:
+        both = min(len(student_weight), len(teacher_weight))
+        return student_weight[:both], teacher_weight[:both]
     if len(student_weight) != len(teacher_weight):
         raise ValueError(
             f"the student's vocabulary has {len(student_weight)} entries and the teacher's "
-            f"{len(teacher_weight)}; they must be the same. Cut both weights to the entries that "
-            "mean the same token in both."
+            f"{len(teacher_weight)}; they must be the same. If the same tokenizer made both and "
+            "one is only padded, truncate=True leaves the other entries out."
         )
+    return student_weight, teacher_weight

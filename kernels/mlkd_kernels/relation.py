@@ -4,8 +4,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mlkd_kernels._backend import choose, head_lacks
-from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, token_pairs
+from mlkd_kernels._backend import choose, head_lacks, type_lacks
+from mlkd_kernels._dispatch import Operation
+from mlkd_kernels.rows import (
+    check_positive,
+    drop_masked,
+    gram,
+    keep_or_all,
+    row_kl,
+    token_pairs,
+    wide_type,
+)
 from mlkd_kernels.streamed import relation as streamed
 from mlkd_kernels.streamed.blocks import is_small
 
@@ -46,12 +55,10 @@ def relation_kl(
         "student_scale": _scale("student", student, heads, student_scale) / temperature,
         "teacher_scale": _scale("teacher", teacher, heads, teacher_scale) / temperature,
     }
-    widths = student.shape[-1] // heads, teacher.shape[-1] // heads
-    lacks = head_lacks(*widths, student.dtype, teacher.dtype)
-    backend = choose(backend, student, triton_lacks=lacks)
+    backend = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
     if backend == "streamed" and _keeping_is_cheaper(student, teacher, heads):
         backend = "eager"
-    return BACKENDS[backend](student, teacher, keep, **options)
+    return OPERATION(backend, student, teacher, keep, **options)
 
 
 def eager(
@@ -92,11 +99,29 @@ def _keeping_is_cheaper(student: Tensor, teacher: Tensor, heads: int) -> bool:
     return few and student.shape[2] + teacher.shape[2] >= WIDE * heads
 
 
-def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+def _triton(
+    student: Tensor, teacher: Tensor, keep: Tensor | None, *, heads: int, **options: Any
+) -> Tensor:
     # Imported here since triton need not be installed.
     from mlkd_kernels.triton.relation import relation_kl as kernel
+    from mlkd_kernels.triton.row_kl import FUSED
 
-    return kernel(*tensors, **options)
+    widths = (x.shape[-1] // heads for x in (student, teacher))
+    if head_lacks(*widths) is None:
+        return kernel(student, teacher, keep, heads=heads, **options)
+    return streamed.relation_kl(student, teacher, keep, heads=heads, ops=FUSED, **options)
 
 
-BACKENDS = {"eager": eager, "streamed": streamed.relation_kl, "triton": _triton}
+def _like(student: Tensor, teacher: Tensor, keep: Tensor | None, *, heads: int, **_: Any) -> Tensor:
+    batch, length = student.shape[:2]
+    return student.new_empty(batch, heads, length, dtype=wide_type(student, teacher))
+
+
+OPERATION = Operation(
+    "relation_kl",
+    {"eager": eager, "streamed": streamed.relation_kl, "triton": _triton},
+    "Tensor student, Tensor teacher, Tensor? keep, int heads, bool causal, float student_scale, "
+    "float teacher_scale",
+    leaves=1,
+    like=_like,
+)

@@ -1,5 +1,8 @@
 """What rows share: their precision, their masks, and the KL of two rows of scores."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,12 +12,34 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wide_type(*tensors: Tensor | None) -> torch.dtype:
+    """fp32, or float64 where one of them is."""
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
 def gram(
     left: Tensor, right: Tensor, scale: float
 ) -> Tensor:  # [..., M, D], [..., N, D] -> [..., M, N]
-    # Under autocast the product would be 16 bit, too coarse for the difference of two scores.
-    with torch.autocast(left.device.type, enabled=False):
+    with full_precision(left):
         return widen(left) @ widen(right).mT * scale
+
+
+@contextlib.contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Neither autocast nor tf32: the difference of two such scores would be too coarse."""
+    matmul = torch.backends.cuda.matmul
+    # A compiler has its own way with the second setting, and breaks its graph at this one.
+    changed = like.is_cuda and not torch.compiler.is_compiling() and matmul.fp32_precision != "ieee"
+    before = matmul.fp32_precision if changed else ""
+    with torch.autocast(like.device.type, enabled=False):
+        if changed:
+            matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if changed:
+                matmul.fp32_precision = before
 
 
 def keep_or_all(mask: Tensor | None, like: Tensor, dims: int) -> Tensor:
@@ -32,8 +57,12 @@ def keep_or_all(mask: Tensor | None, like: Tensor, dims: int) -> Tensor:
 
 
 def drop_masked(x: Tensor, keep: Tensor) -> Tensor:  # [..., D], [...] -> [..., D]
-    """Zero where not kept: not even NaN in padding reaches a value or a gradient."""
-    return torch.where(keep.unsqueeze(-1), widen(x), 0.0)
+    """Zero where not kept, and wide: not even NaN in padding reaches a value or a gradient."""
+    return zero_masked(widen(x), keep)
+
+
+def zero_masked(x: Tensor, keep: Tensor) -> Tensor:  # [..., D], [...] -> [..., D]
+    return torch.where(keep.unsqueeze(-1), x, 0.0)
 
 
 def token_pairs(keep: Tensor, causal: bool) -> Tensor:  # [B, L] -> [B, 1, L, L]

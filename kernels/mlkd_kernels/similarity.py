@@ -1,13 +1,24 @@
 """How the sample-to-sample similarities of teacher and student differ, over the global batch."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_kernels._backend import NO_KERNEL, choose
+from mlkd_kernels._backend import choose, type_lacks
+from mlkd_kernels._dispatch import Operation, not_traced
 from mlkd_kernels._gather import gather, gather_mask, global_samples, own_indices, total
-from mlkd_kernels.rows import check_positive, drop_masked, gram, keep_or_all, row_kl, widen
+from mlkd_kernels.rows import (
+    check_positive,
+    drop_masked,
+    gram,
+    keep_or_all,
+    row_kl,
+    wide_type,
+    widen,
+)
 from mlkd_kernels.streamed import similarity as streamed
 from mlkd_kernels.streamed.blocks import is_small
 
@@ -31,7 +42,9 @@ def similarity_mse(
     student, teacher = (_vectors(x, normalize) for x in (student, teacher.detach()))
     samples = global_samples(student, group)
     if streamed.narrow_is_cheaper(samples, student.shape[1], teacher.shape[1]):
-        return streamed.similarity_mse(student, teacher, group)
+        if group is None:
+            return NARROW_MSE("streamed", student, teacher)
+        return not_traced(streamed.similarity_mse)(student, teacher, group)
     return _mse(student, teacher, group)
 
 
@@ -59,22 +72,18 @@ def similarity_kl(
     _check_samples(student, teacher)
     keep = keep_or_all(mask, student, 1)
     samples = global_samples(student, group)
-    small = choose(backend, student, triton_lacks=NO_KERNEL) == "eager" or is_small(
-        len(student), samples
-    )
-    run = _kl if small else streamed.similarity_kl
+    chosen = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
+    if backend != "triton" and is_small(len(student), samples):
+        chosen = "eager"
     scales = [(1.0 if normalize else x.shape[1] ** -0.5) / temperature for x in (student, teacher)]
     if mask is not None:
         student, teacher = drop_masked(student, keep), drop_masked(teacher, keep)
-    return run(
-        _vectors(student, normalize),
-        _vectors(teacher.detach(), normalize),
-        None if mask is None else keep,
-        diagonal=diagonal,
-        student_scale=scales[0],
-        teacher_scale=scales[1],
-        group=group,
-    )
+    given = [_vectors(x, normalize) for x in (student, teacher.detach())]
+    given.append(None if mask is None else keep)
+    options = {"diagonal": diagonal, "student_scale": scales[0], "teacher_scale": scales[1]}
+    if group is None:
+        return KL(chosen, *given, **options)
+    return not_traced(KL.backends[chosen])(*given, **options, group=group)
 
 
 def _kl(
@@ -85,7 +94,7 @@ def _kl(
     diagonal: bool,
     student_scale: float,
     teacher_scale: float,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [n]
     keep = keep_or_all(keep, student, 1)
     allowed = keep[:, None] & gather_mask(keep, group)
@@ -95,6 +104,35 @@ def _kl(
     student_scores = gram(student, gather(student, group), student_scale)
     teacher_scores = gram(teacher, gather(teacher, group), teacher_scale)
     return row_kl(teacher_scores, student_scores, allowed)
+
+
+def _triton(*tensors: Tensor | None, **options: Any) -> Tensor:
+    # Imported here since triton need not be installed.
+    from mlkd_kernels.triton.row_kl import FUSED
+
+    return streamed.similarity_kl(*tensors, ops=FUSED, **options)
+
+
+def _like(student: Tensor, teacher: Tensor, keep: Tensor | None, **_: Any) -> Tensor:
+    return student.new_empty(len(student), dtype=wide_type(student, teacher))
+
+
+KL = Operation(
+    "similarity_kl",
+    {"eager": _kl, "streamed": streamed.similarity_kl, "triton": _triton},
+    "Tensor student, Tensor teacher, Tensor? keep, bool diagonal, float student_scale, "
+    "float teacher_scale",
+    leaves=1,
+    like=_like,
+)
+NARROW_MSE = Operation(
+    "similarity_mse",
+    {"streamed": streamed.similarity_mse},
+    "Tensor student, Tensor teacher",
+    leaves=1,
+    like=lambda student, teacher: student.new_empty((), dtype=wide_type(student, teacher)),
+    scalar=True,
+)
 
 
 def _mse(

@@ -2,15 +2,17 @@
 
 A loss reads traces and returns one number per row, fp32 (float64 where its inputs are), and nothing
 else: which rows count, their weights, sums and averages are the objective's. Padding never changes
-the value of a real row and never yields NaN. Five constants say how it is called; the keyword-only
+the value of a real row and never yields NaN. Constants say how it is called; the keyword-only
 arguments, with literal defaults, are its options:
 
     ROWS        what one row is: "token", "sample" or "label"
     SCOPE       "trace": called with the Traces; "layer": with Layers, once per layer pair;
+                "module": as "layer", and it reads the Layers' matrices;
                 "batch": with the Samples of the global batch
     READS       what it reads, by the names of trace.py; with an option `of`, only what `of` names
     TEACHER     False: it reads no teacher and is called with the student's side only
     PROJECTION  True: the student's side may first pass a learned map to the teacher's width
+    SAME_HEADS  True: it compares head with head, so both models must have as many; may be left out
 
 The constants and signatures are read without importing the file, so they are literals. `backend`,
 where a loss has it, is filled from the run's `kernels`.

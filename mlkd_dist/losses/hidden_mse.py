@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from mlkd_dist.losses._states import state_mse
 from mlkd_dist.trace import Layer
 
 ROWS = "token"
@@ -24,15 +24,4 @@ def hidden_mse(
     mean, not sum, over the width.
     """
     assert student.hidden is not None and teacher.hidden is not None
-    keep = student.mask.unsqueeze(-1)
-    # Before the projection too: its weight's gradient is a product with what it was given.
-    projected = projection(torch.where(keep, student.hidden, 0.0))
-    target = torch.where(keep, teacher.hidden.detach(), 0.0)
-    if projected.shape != target.shape:
-        raise ValueError(
-            f"hidden_mse: the student's hidden states come as {tuple(projected.shape)} and the "
-            f"teacher's are {tuple(target.shape)}; project the student to the teacher's width."
-        )
-    wide = torch.promote_types(projected.dtype, torch.float32)
-    gap = torch.where(keep, projected.to(wide) - target.to(wide), 0.0)
-    return gap.square().mean(-1)
+    return state_mse("hidden_mse", student.hidden, teacher.hidden, student.mask, projection)

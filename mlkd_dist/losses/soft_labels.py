@@ -19,7 +19,7 @@ def soft_labels(
     *,
     temperature: float = 1.0,
     squared_temperature: bool = False,
-) -> Tensor:  # [B] or [B, L]
+) -> Tensor:  # [B], [B, L] or [B, 2]
     """KL(P || Q), P = softmax(teacher.logits / T) over the last dimension, T the temperature.
 
     Q is the student's likewise. Not cross-entropy: 0 where the models agree. `squared_temperature`
@@ -38,7 +38,8 @@ def soft_labels(
     if not temperature > 0:
         raise ValueError(f"soft_labels: temperature={temperature}; it must be greater than 0.")
     logits = [widen(student.logits), widen(teacher.logits.detach())]
-    if len(shape) == 3:
+    # One row per token; spans have two rows, and rule padding out themselves.
+    if shape[:-1] == tuple(student.mask.shape):
         logits = [drop_masked(z, student.mask) for z in logits]
     student_scores, teacher_scores = (z / temperature for z in logits)
     if shape[-1] == 1:

@@ -4,6 +4,7 @@ text becomes a batch, which rows of the logits count, and how well a model does 
 Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
 
     columns                       raw columns it reads
+    structured_label              True: its label column holds keys and values; may be left out
     model_class                   the transformers Auto class of its models
     reads                         what an evaluation takes from a trace
     settings()                    what the encoding depends on, for the cache key
@@ -32,6 +33,7 @@ class Batch:
     keep: Tensor  # [B] bool, False for a sample that only fills the batch
     labels: Tensor | None  # [B] or [B, L], -100 where ignored
     label_keep: Tensor  # [B] or [B, L] bool, which rows of the logits count
+    rows: list[dict[str, Any]] | None = None  # as encoded, where an evaluation looks at them again
 
     @property
     def mask(self) -> Tensor:  # [B, L] bool
@@ -43,7 +45,8 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        return Batch(inputs, move(self.keep), move(self.labels), move(self.label_keep))
+        labels, label_keep = move(self.labels), move(self.label_keep)
+        return Batch(inputs, move(self.keep), labels, label_keep, self.rows)
 
 
 def load(kind: str) -> Any:

@@ -42,7 +42,7 @@ class Block:
 
 
 def blocks(
-    like: Tensor, heads: int, step: int, rows: int, columns: int, causal: bool
+    like: Tensor, heads: int, step: int, rows: int, columns: int, causal: bool = False
 ) -> Iterator[Block]:
     """Every head and row once, `step` heads or a multiple at a time; where causal, row i reads the
     columns up to i only."""
@@ -83,8 +83,3 @@ def on_cpu(x: Tensor) -> bool:
 def shaped(buffer: Tensor, *shape: int) -> Tensor:
     """The beginning of a flat buffer as a contiguous tensor."""
     return buffer[: math.prod(shape)].view(shape)
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """Autocast off: the difference of two 16 bit scores would be too coarse."""
-    return torch.autocast(like.device.type, enabled=False)

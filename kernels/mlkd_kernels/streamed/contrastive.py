@@ -1,14 +1,14 @@
 """Contrast over the global batch without the matrix of all pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.streamed.blocks import Block, blocks, full_precision, shaped
-from mlkd_kernels.streamed.compiled import not_traced
+from mlkd_kernels.rows import full_precision
+from mlkd_kernels.streamed.blocks import Block, blocks, shaped
 
 
 class Partners(NamedTuple):
@@ -32,7 +32,37 @@ class Partners(NamedTuple):
         return self.own[rows, None] == torch.arange(len(self.keep_all), device=self.own.device)
 
 
-@not_traced
+class ContrastOps(NamedTuple):
+    """What is done with the scores [2, r, N] of a block's anchors, which it may write over: the
+    anchors are students (side 0) or teachers (1), the columns all students and all teachers."""
+
+    # scores, partners, side, rows -> losses [r]
+    losses: Callable[[Tensor, Partners, int, slice], Tensor]
+    # the same and the gradient of the losses [r] -> that of the scores
+    slope: Callable[[Tensor, Tensor, Partners, int, slice], Tensor]
+
+
+def losses(scores: Tensor, partners: Partners, side: int, rows: slice) -> Tensor:
+    others, positives = _see(partners, side, rows)
+    scores.masked_fill_(~others, torch.finfo(scores.dtype).min)
+    pull = torch.where(positives, scores, 0.0).sum((0, 2)) / _count(positives)
+    spread = scores.logsumexp((0, 2))
+    return torch.where(others.any(-1).any(0), spread - pull, 0.0)
+
+
+def slope(scores: Tensor, grad: Tensor, partners: Partners, side: int, rows: slice) -> Tensor:
+    others, positives = _see(partners, side, rows)
+    scores.masked_fill_(~others, torch.finfo(scores.dtype).min)
+    p = scores.sub_(scores.amax((0, 2), keepdim=True)).exp_()
+    p.div_(p.sum((0, 2), keepdim=True))
+    p.sub_(positives.to(p.dtype).div_(_count(positives).unsqueeze(-1)))
+    # An anchor that sees nothing has all of its entries here equal, and no loss.
+    return p.mul_((grad * others.any(-1).any(0)).unsqueeze(-1))
+
+
+PLAIN = ContrastOps(losses, slope)
+
+
 def info_nce(
     student: Tensor,  # [n, D], 0 where masked, normalised where that is wanted
     teacher: Tensor,  # [n, D]
@@ -40,8 +70,9 @@ def info_nce(
     teachers: Tensor,  # [N, D]
     partners: Partners,
     scale: float,
+    ops: ContrastOps = PLAIN,
 ) -> Tensor:  # [n]
-    anchors = _InfoNCE.apply(student, teacher, students, teachers, partners, scale)
+    anchors = _InfoNCE.apply(student, teacher, students, teachers, partners, scale, ops)
     return anchors.mean(0)
 
 
@@ -52,7 +83,7 @@ class Vectors(NamedTuple):
     teachers: Tensor  # [N, D]
 
     def blocks(self) -> Iterator[Block]:
-        return blocks(self.student, 2, 2, len(self.student), len(self.students), causal=False)
+        return blocks(self.student, 2, 2, len(self.student), len(self.students))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -65,20 +96,16 @@ class _InfoNCE(torch.autograd.Function):
         teachers: Tensor,
         partners: Partners,
         scale: float,
+        ops: ContrastOps,
     ) -> Tensor:  # [2, n]
         vectors = Vectors(student, teacher, students, teachers)
         ctx.save_for_backward(*vectors)
-        ctx.partners, ctx.scale = partners, scale
+        ctx.partners, ctx.scale, ctx.ops = partners, scale, ops
         rows = student.new_empty(2, len(student))
         for side in range(2):
             for block in vectors.blocks():
                 scores = _scores(vectors, side, block, scale)
-                others, positives = _see(partners, side, block.rows)
-                scores.masked_fill_(~others, torch.finfo(scores.dtype).min)
-                pull = torch.where(positives, scores, 0.0).sum((0, 2)) / _count(positives)
-                spread = scores.logsumexp((0, 2))
-                seen = others.any(-1).any(0)
-                rows[side, block.rows] = torch.where(seen, spread - pull, 0.0)
+                rows[side, block.rows] = ops.losses(scores, partners, side, block.rows)
         return rows
 
     @staticmethod
@@ -89,14 +116,14 @@ class _InfoNCE(torch.autograd.Function):
         for side in range(2):
             for block in vectors.blocks():
                 scores = _scores(vectors, side, block, ctx.scale)
-                slope = _slope(scores, *_see(ctx.partners, side, block.rows))
-                slope.mul_((grad[side, block.rows] * ctx.scale).unsqueeze(-1))
+                upstream = grad[side, block.rows] * ctx.scale
+                slope = ctx.ops.slope(scores, upstream, ctx.partners, side, block.rows)
                 with full_precision(grad):
                     if side == 0:
                         own = as_anchor[block.rows]
                         own.addmm_(slope[0], vectors.students).addmm_(slope[1], vectors.teachers)
                     as_column.addmm_(slope[0].mT, vectors[side][block.rows])
-        return as_anchor, None, as_column, None, None, None
+        return as_anchor, None, as_column, *[None] * 4
 
 
 def _scores(vectors: Vectors, side: int, block: Block, scale: float) -> Tensor:  # -> [2, r, N]
@@ -118,13 +145,3 @@ def _see(partners: Partners, side: int, rows: slice) -> tuple[Tensor, Tensor]:  
 
 def _count(positives: Tensor) -> Tensor:  # [2, r, N] -> [r]
     return positives.sum((0, 2)).clamp_min(1)
-
-
-def _slope(scores: Tensor, others: Tensor, positives: Tensor) -> Tensor:  # [2, r, N]
-    """The gradient of an anchor's loss by its scores, made in place of them."""
-    scores.masked_fill_(~others, torch.finfo(scores.dtype).min)
-    p = scores.sub_(scores.amax((0, 2), keepdim=True)).exp_()
-    p.div_(p.sum((0, 2), keepdim=True))
-    p.sub_(positives.to(p.dtype).div_(_count(positives).unsqueeze(-1)))
-    # An anchor that sees nothing has all of its entries here equal, and no loss.
-    return p.mul_(others.any(-1).any(0).unsqueeze(-1))

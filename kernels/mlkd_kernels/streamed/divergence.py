@@ -5,7 +5,6 @@ q (u - sum_v q_v u_v) for any divergence whose derivative by q is u. All may wri
 log_q.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -46,9 +45,10 @@ def skew_forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, 
     rows = p.mul_(gap).sum(-1)
 
     def slope() -> Tensor:
-        q, share = log_q.exp_(), gap.exp_()
-        mean = torch.mul(share, q, out=p).sum(-1, keepdim=True)
-        return share.neg_().add_(mean).mul_(q).mul_(1 - beta)
+        # P / M - 1, whose mean is as exact as 0 where P is Q.
+        q, excess = log_q.exp_(), gap.expm1_()
+        mean = torch.mul(excess, q, out=p).sum(-1, keepdim=True)
+        return excess.neg_().add_(mean).mul_(q).mul_(1 - beta)
 
     return rows, slope
 
@@ -59,7 +59,7 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, 
     rows = torch.mul(gap, q, out=log_p).sum(-1)
 
     def slope() -> Tensor:
-        u = gap.sub_(torch.exp(gap, out=log_p), alpha=beta)
+        u = gap.sub_(torch.expm1(gap, out=log_p), alpha=beta)
         return _centred(u, q, log_p)
 
     return rows, slope
@@ -90,9 +90,12 @@ def _centred(u: Tensor, q: Tensor, spare: Tensor) -> Tensor:  # [N, V]
 
 
 def _log_mixture(log_first: Tensor, log_second: Tensor, beta: float) -> Tensor:
-    """log(beta * first + (1 - beta) * second)"""
-    log_mixture = log_first + math.log(beta)
-    return torch.logaddexp(log_mixture, log_second + math.log1p(-beta), out=log_mixture)
+    """log(beta * first + (1 - beta) * second), exactly log_first where both are the same."""
+    gap = log_first - log_second
+    share = torch.full_like(gap, beta).masked_fill_(gap > 0, 1 - beta)
+    return (
+        gap.abs_().neg_().expm1_().mul_(share).log1p_().add_(torch.maximum(log_first, log_second))
+    )
 
 
 KINDS: dict[str, Divergence] = {

@@ -1,21 +1,25 @@
 """Divergences of two output heads in chunks of tokens, with the gradient made on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.rows import drop_masked
-from mlkd_kernels.streamed.blocks import full_precision, on_cpu, shaped
-from mlkd_kernels.streamed.compiled import not_traced
-from mlkd_kernels.streamed.divergence import KINDS, Slope, cross_entropy
+from mlkd_kernels.rows import full_precision, wide_type, zero_masked
+from mlkd_kernels.streamed.blocks import on_cpu
+from mlkd_kernels.streamed.divergence import KINDS, cross_entropy
+from mlkd_kernels.streamed.products import add_product, factors, put_product
 
 # Enough rows to keep the products thick; the buffers are the only memory that grows with V.
 CPU_TOKENS = 128
 MIN_CUDA_TOKENS = 1024
-CUDA_BYTES = 2**31
+CUDA_BYTES = 3 * 2**30
+# Entries: rows of logits begin where a device reads fastest.
+CUDA_ALIGNMENT = 64
+# A slope is at most some tens times its row's weight; in fp16 the largest weight becomes this.
+FP16_WEIGHT = 2.0**9
 
 
 class Head(NamedTuple):
@@ -25,19 +29,14 @@ class Head(NamedTuple):
     soft_cap: float | None
     temperature: float
 
-    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:  # -> [n, V]
-        scale = self.scale / (self.soft_cap or self.temperature)
-        torch.addmm(out, hidden, weight.mT, beta=0, alpha=scale, out=out)
-        if self.soft_cap is not None:
-            out.tanh_().mul_(self.soft_cap / self.temperature)
-        return out
+    def put_products(self, out: Tensor, hidden: Tensor, weight: Tensor) -> None:  # [n, V]
+        """Logits, or what the tanh of the soft cap is taken of."""
+        put_product(out, hidden, weight.mT, self.scale / (self.soft_cap or self.temperature))
 
-    def through(self, slope: Tensor, logits: Tensor) -> Tensor:  # [n, V] twice -> [n, V]
-        """From the gradient by the logits to that by the inner products. Writes over both."""
-        if self.soft_cap is not None:
-            tanh = logits.mul_(self.temperature / self.soft_cap)
-            slope.addcmul_(slope, tanh.square_(), value=-1)
-        return slope
+    @property
+    def cap(self) -> float | None:
+        """logits = cap tanh(product)"""
+        return None if self.soft_cap is None else self.soft_cap / self.temperature
 
 
 class Options(NamedTuple):
@@ -45,40 +44,84 @@ class Options(NamedTuple):
     beta: float
     row_weight: Tensor | None  # [N], 0 where a row does not count
     labels: Tensor | None  # [N]
-    # Inside a Function autograd does not say whether gradients are wanted at all.
-    with_grad: bool
+    teacher_cap: float | None
+    student_cap: float | None
+
+    def of(self, rows: slice) -> "Options":
+        weight, labels = (None if x is None else x[rows] for x in (self.row_weight, self.labels))
+        return self._replace(row_weight=weight, labels=labels)
 
 
-@not_traced
+# products of teacher and student [n, V], a third buffer, options, whether gradients are wanted ->
+# divergences [n], and the gradient by the student's products times the row weights, in the third
+# buffer's type. May write over all three.
+Divergences = Callable[[Tensor | None, Tensor, Tensor, Options, bool], tuple[Tensor, Tensor | None]]
+
+
+def plain(
+    teacher: Tensor | None, student: Tensor, spare: Tensor, options: Options, with_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    # It has the type of the student's factors, which may be 16 bits.
+    spare = spare if spare.dtype == student.dtype else torch.empty_like(student)
+    tanh = None
+    if options.student_cap is not None:
+        tanh = student.tanh_()
+        student = tanh * options.student_cap
+    if teacher is None:
+        rows, slope = cross_entropy(torch.log_softmax(student, -1, out=spare), options.labels)
+    else:
+        if options.teacher_cap is not None:
+            teacher.tanh_().mul_(options.teacher_cap)
+        log_p = torch.log_softmax(teacher, -1, out=spare)
+        log_q = torch.log_softmax(student, -1, out=teacher)
+        rows, slope = KINDS[options.kind](log_p, log_q, options.beta)
+    if not with_slope:
+        return rows, None
+    found = slope()
+    if tanh is not None:
+        found.addcmul_(found, tanh.square_(), value=-1)
+    if options.row_weight is not None:
+        found.mul_(options.row_weight.unsqueeze(-1))
+    return rows, found
+
+
 def linear_divergence(
     student_hidden: Tensor,  # [N, D]
     student_weight: Tensor,  # [V, D]
     teacher_hidden: Tensor | None,  # [N, E]
     teacher_weight: Tensor | None,  # [V, E]
     keep: Tensor | None,  # [N] bool, None where all rows count
+    row_weight: Tensor | None,  # [N]
+    labels: Tensor | None,  # [N]
     *,
     kind: str,
     beta: float,
-    row_weight: Tensor | None,  # [N]
-    labels: Tensor | None,  # [N]
-    student_head: Head,
-    teacher_head: Head,
+    temperature: float,
+    student_scale: float,
+    student_cap: float | None,
+    teacher_scale: float,
+    teacher_cap: float | None,
+    divergences: Divergences = plain,
 ) -> Tensor:  # scalar
+    if kind == "cross_entropy":
+        teacher_hidden = teacher_weight = None
+    else:
+        teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
     rows = student_hidden, teacher_hidden, row_weight, labels
     if keep is not None:
         rows = _kept(keep, *rows)
     student_hidden, teacher_hidden, row_weight, labels = rows
-    options = Options(kind, beta, row_weight, labels, torch.is_grad_enabled())
-    matrices = [student_hidden, student_weight, None, None]
-    if kind != "cross_entropy":
-        matrices[2:] = teacher_hidden.detach(), teacher_weight.detach()
-    dtype = torch.float32
-    for x in matrices:
-        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    matrices = [None if x is None else x.to(dtype) for x in matrices]
-    if row_weight is not None:
-        options = options._replace(row_weight=row_weight.to(dtype))
-    return _LinearDivergence.apply(*matrices, (student_head, teacher_head), options)
+    matrices = student_hidden, student_weight, teacher_hidden, teacher_weight
+    wide = wide_type(*matrices)
+    weight = None if row_weight is None else row_weight.to(wide)
+    heads = (
+        Head(student_scale, student_cap, temperature),
+        Head(teacher_scale, teacher_cap, temperature),
+    )
+    options = Options(kind, beta, weight, labels, heads[1].cap, heads[0].cap)
+    # Inside a Function autograd does not say whether gradients are wanted at all.
+    with_grad = torch.is_grad_enabled()
+    return _LinearDivergence.apply(*matrices, wide, heads, options, divergences, with_grad)
 
 
 def _kept(
@@ -94,7 +137,7 @@ def _kept(
         real = keep.nonzero().squeeze(1)
         return [None if x is None else x.index_select(0, real) for x in given]
     weight = keep.to(hidden.dtype) if weight is None else torch.where(keep, weight, 0)
-    hidden, teacher = (None if x is None else drop_masked(x, keep) for x in (hidden, teacher))
+    hidden, teacher = (None if x is None else zero_masked(x, keep) for x in (hidden, teacher))
     return [hidden, teacher, weight, labels]
 
 
@@ -106,85 +149,97 @@ class _LinearDivergence(torch.autograd.Function):
         student_weight: Tensor,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
+        wide: torch.dtype,
         heads: tuple[Head, Head],
         options: Options,
+        divergences: Divergences,
+        with_grad: bool,
     ) -> Tensor:  # scalar
-        weights = student_weight, teacher_weight
+        given = student_hidden, student_weight
+        hidden, weight = factors(*given, wide)
+        others = None if teacher_hidden is None else factors(teacher_hidden, teacher_weight, wide)
         grads = [
-            torch.zeros_like(x) if options.with_grad and needed else None
-            for x, needed in zip(
-                (student_hidden, student_weight), ctx.needs_input_grad[:2], strict=True
-            )
+            torch.zeros_like(x, dtype=wide) if with_grad and needed else None
+            for x, needed in zip(given, ctx.needs_input_grad[:2], strict=True)
         ]
-        total = student_hidden.new_zeros(())
+        with_slope = any(grad is not None for grad in grads)
+        total = student_hidden.new_zeros((), dtype=wide)
+        options, unit = _in_units(options, hidden)
         with full_precision(total):
-            for rows, buffers in _chunks(student_hidden, len(student_weight)):
-                chunk = [None if x is None else x[rows] for x in (student_hidden, teacher_hidden)]
-                values, slope = _chunk(*chunk, *weights, heads, options, rows, buffers)
-                weight = None if options.row_weight is None else options.row_weight[rows]
-                total += values.sum() if weight is None else torch.dot(values, weight)
-                if any(grad is not None for grad in grads):
-                    found = heads[0].through(slope(), buffers[0])
-                    if weight is not None:
-                        found.mul_(weight.unsqueeze(-1))
-                    _add_gradients(found, heads[0], chunk[0], student_weight, rows, grads)
-        ctx.save_for_backward(*grads)
+            for rows, buffers in _chunks(hidden, len(weight), wide):
+                teacher = None
+                if others is not None:
+                    teacher = buffers[0]
+                    heads[1].put_products(teacher, others[0][rows], others[1])
+                heads[0].put_products(buffers[1], hidden[rows], weight)
+                chunk = options.of(rows)
+                values, slope = divergences(teacher, *buffers[1:], chunk, with_slope)
+                part = chunk.row_weight
+                total += values.sum() if part is None else torch.dot(values, part)
+                if slope is not None:
+                    _add_gradients(slope.to(hidden.dtype), heads[0], hidden, weight, rows, grads)
+        if unit is not None:
+            total, *grads = (None if x is None else x.mul_(unit) for x in (total, *grads))
+        ctx.dtypes = [x.dtype for x in given]
+        ctx.save_for_backward(*(_saved(x, to) for x, to in zip(grads, ctx.dtypes, strict=True)))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: there may be a second backward.
-        found = [None if x is None else x * grad for x in ctx.saved_tensors]
-        return *found, None, None, None, None
+        found = [
+            None if x is None else (x * grad.to(x.dtype)).to(dtype)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *found, *[None] * 7
 
 
-def _chunk(
-    student_hidden: Tensor,  # [n, D]
-    teacher_hidden: Tensor | None,  # [n, E]
-    student_weight: Tensor,
-    teacher_weight: Tensor | None,
-    heads: tuple[Head, Head],
-    options: Options,
-    rows: slice,
-    buffers: list[Tensor],  # [n, V] each
-) -> tuple[Tensor, Slope]:
-    """The divergences of a chunk and what makes their gradient. Leaves the student's logits in the
-    first buffer."""
-    if teacher_hidden is not None:
-        logits = heads[1].logits(teacher_hidden, teacher_weight, buffers[0])
-        log_p = torch.log_softmax(logits, -1, out=buffers[1])
-    logits = heads[0].logits(student_hidden, student_weight, buffers[0])
-    log_q = torch.log_softmax(logits, -1, out=buffers[2])
-    if teacher_hidden is None:
-        return cross_entropy(log_q, options.labels[rows])
-    return KINDS[options.kind](log_p, log_q, options.beta)
+def _saved(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # fp16 has no room for a gradient that the upstream one has not scaled yet.
+    return grad if grad is None or dtype == torch.float16 else grad.to(dtype)
+
+
+def _in_units(options: Options, hidden: Tensor) -> tuple[Options, Tensor | None]:
+    """Row weights carry 1 / (number of rows): with them slopes of fp16 would vanish."""
+    if hidden.dtype != torch.float16:
+        return options, None
+    weight = options.row_weight
+    if weight is None:
+        weight = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
+    largest = weight.abs().amax() if len(weight) else weight.new_ones(())
+    unit = largest.clamp_min(torch.finfo(weight.dtype).tiny * FP16_WEIGHT) / FP16_WEIGHT
+    return options._replace(row_weight=weight / unit), unit
 
 
 def _add_gradients(
     slope: Tensor,  # [n, V]
     head: Head,
-    hidden: Tensor,  # [n, D]
+    hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     rows: slice,
     grads: list[Tensor | None],
 ) -> None:
     scale = head.scale / head.temperature
     if grads[0] is not None:
-        out = grads[0][rows]
-        torch.addmm(out, slope, weight, beta=0, alpha=scale, out=out)
+        put_product(grads[0][rows], slope, weight, scale)
     if grads[1] is not None:
-        grads[1].addmm_(slope.mT, hidden, alpha=scale)
+        add_product(grads[1], slope.mT, hidden[rows], scale)
 
 
-def _chunks(like: Tensor, vocabulary: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    tokens = CPU_TOKENS
-    if not on_cpu(like):
-        # Three buffers and what a divergence adds to them.
-        most = CUDA_BYTES // (5 * like.element_size() * vocabulary)
+def _chunks(
+    hidden: Tensor, vocabulary: int, wide: torch.dtype
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The rows in chunks, and three buffers for them: two of logits and one, in the type of the
+    student's factors, of their gradient."""
+    tokens, width = CPU_TOKENS, vocabulary
+    types = wide, wide, hidden.dtype
+    if not on_cpu(hidden):
+        width = -(-vocabulary // CUDA_ALIGNMENT) * CUDA_ALIGNMENT
+        most = CUDA_BYTES // (sum(x.itemsize for x in types) * width)
         tokens = max(1 << max(most.bit_length() - 1, 0), MIN_CUDA_TOKENS)
-    tokens = min(tokens, max(len(like), 1))
-    buffers = [like.new_empty(tokens * vocabulary) for _ in range(3)]
-    for start in range(0, len(like), tokens):
-        rows = slice(start, min(start + tokens, len(like)))
-        yield rows, [shaped(buffer, rows.stop - start, vocabulary) for buffer in buffers]
+    tokens = min(tokens, max(len(hidden), 1))
+    buffers = [torch.empty(tokens, width, dtype=x, device=hidden.device) for x in types]
+    for start in range(0, len(hidden), tokens):
+        rows = slice(start, min(start + tokens, len(hidden)))
+        yield rows, [buffer[: rows.stop - start, :vocabulary] for buffer in buffers]

@@ -2,13 +2,12 @@
 
 from torch import Tensor
 
-from mlkd_kernels.rows import drop_masked, widen
-from mlkd_kernels.streamed.compiled import not_traced
+from mlkd_kernels.rows import zero_masked
 from mlkd_kernels.streamed.row_kl import row_kl
+from mlkd_kernels.streamed.row_ops import PLAIN, RowOps
 from mlkd_kernels.streamed.tokens import token_limits
 
 
-@not_traced
 def relation_kl(
     student: Tensor,  # [B, L, R*ds]
     teacher: Tensor,  # [B, L, R*dt]
@@ -18,14 +17,17 @@ def relation_kl(
     causal: bool,
     student_scale: float,
     teacher_scale: float,
+    ops: RowOps = PLAIN,
 ) -> Tensor:  # [B, R, L]
     batch, length = student.shape[:2]
     student, teacher = (_split(x, keep, heads) for x in (student, teacher))
     limits = token_limits(keep, heads, causal, student.dtype)
-    rows = row_kl(student, None, teacher.detach(), None, (student_scale, teacher_scale), limits)
+    rows = row_kl(
+        student, None, teacher.detach(), None, (student_scale, teacher_scale), limits, ops
+    )
     return rows.view(batch, heads, length)
 
 
 def _split(x: Tensor, keep: Tensor | None, heads: int) -> Tensor:  # [B, L, R*d] -> [B*R, L, d]
-    x = widen(x) if keep is None else drop_masked(x, keep)
+    x = x if keep is None else zero_masked(x, keep)
     return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2).flatten(0, 1)

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlkd_kernels.streamed.blocks import Block, blocks, full_precision, shaped
+from mlkd_kernels.rows import full_precision, wide_type
+from mlkd_kernels.streamed.blocks import Block, blocks, shaped
+from mlkd_kernels.streamed.products import add_product, factors, multiplies_16_bits, put_product
+from mlkd_kernels.streamed.row_ops import PLAIN, Limits, RowOps
 
-
-class Limits(NamedTuple):
-    """Which keys a row may look at. Vectors that do not count are 0 already."""
-
-    bias: Tensor | None = None  # [H, N], added to the scores of a head's keys
-    causal: bool = False
-    # Row i does not look at key i + excluded.
-    excluded: int | None = None
-    # Heads with the tokens that are real there; None stands for all heads or all tokens.
-    parts: list[tuple[slice, Tensor]] | None = None
+# Half of fp16's range: what a kernel of 16 bits may make of the largest upstream gradient.
+FP16_ROOM = 2.0**12
 
 
 class Side(NamedTuple):
@@ -47,19 +42,11 @@ class Side(NamedTuple):
         query = self.query[block.heads, block.rows]
         return query.reshape(-1, self.share * query.shape[1], query.shape[2])
 
-    def scores(self, block: Block, limits: Limits, buffer: Tensor) -> Tensor:  # -> [h, r, N]
+    def scores(self, block: Block, buffer: Tensor) -> Tensor:  # -> [h, r, N]
         query, key = self.rows(block), self.key[self.key_heads(block.heads), : block.columns]
         flat = shaped(buffer, len(key), query.shape[1], block.columns)
-        torch.baddbmm(flat, query, key.mT, beta=0, alpha=self.scale, out=flat)
-        scores = flat.view(block.shape)
-        if limits.bias is not None:
-            scores += limits.bias[block.heads, None, : block.columns]
-        if limits.causal:
-            scores[..., block.rows].masked_fill_(block.later(flat), torch.finfo(flat.dtype).min)
-        if limits.excluded is not None:
-            own = scores[..., block.rows.start + limits.excluded :]
-            own.diagonal(dim1=-2, dim2=-1).fill_(torch.finfo(flat.dtype).min)
-        return scores
+        put_product(flat, query, key.mT, self.scale)
+        return flat.view(block.shape)
 
 
 def row_kl(
@@ -69,12 +56,16 @@ def row_kl(
     teacher_key: Tensor | None,  # [Hkv', N, dt]
     scales: tuple[float, float],  # student's, teacher's
     limits: Limits,
+    ops: RowOps = PLAIN,
 ) -> Tensor:  # [H, M]
     """KL(P_i || Q_i), P_i = softmax_j(scale <query_i, key_j>), Q_i the student's likewise."""
-    vectors = student_query, student_key, teacher_query, teacher_key
-    dtype = torch.promote_types(student_query.dtype, teacher_query.dtype)
-    vectors = [None if x is None else x.to(dtype) for x in vectors]
-    return _RowKL.apply(*vectors, scales, limits)
+    vectors = [student_query, student_key, teacher_query, teacher_key]
+    wide = wide_type(*vectors)
+    for i in (0, 2):
+        query, key = vectors[i : i + 2]
+        query, found = factors(query, query if key is None else key, wide)
+        vectors[i : i + 2] = query, None if key is None else found
+    return _RowKL.apply(*vectors, wide, scales, limits, ops)
 
 
 class _RowKL(torch.autograd.Function):
@@ -85,20 +76,22 @@ class _RowKL(torch.autograd.Function):
         student_key: Tensor | None,
         teacher_query: Tensor,
         teacher_key: Tensor | None,
+        wide: torch.dtype,
         scales: tuple[float, float],
         limits: Limits,
+        ops: RowOps,
     ) -> Tensor:
         # The scores are made again in backward, and their softmax with them: no statistics.
         vectors = student_query, student_key, teacher_query, teacher_key
         ctx.save_for_backward(*vectors)
-        ctx.scales, ctx.limits = scales, limits
+        ctx.scales, ctx.limits, ctx.ops = scales, limits, ops
         student, teacher = _sides(vectors, scales)
-        rows = student_query.new_zeros(student_query.shape[:2])
+        rows = student_query.new_zeros(student_query.shape[:2], dtype=wide)
         with full_precision(rows):
             for heads, tokens in _parts(limits, rows):
                 found = _take(rows[heads], tokens)
                 sides = student.part(heads, tokens), teacher.part(heads, tokens)
-                _forward(*sides, _of_part(limits, heads), found)
+                _forward(*sides, _of_part(limits, heads), ops, found)
                 _put(rows[heads], tokens, found)
         return rows
 
@@ -106,10 +99,12 @@ class _RowKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher = _sides(ctx.saved_tensors, ctx.scales)
-        as_query = torch.zeros_like(student.query) if ctx.needs_input_grad[0] else None
+        grad, unit = _in_units(grad, student.key)
+        needed = ctx.needs_input_grad
+        as_query = torch.zeros_like(student.query, dtype=grad.dtype) if needed[0] else None
         as_key = as_query
         if student.key is not student.query:
-            as_key = torch.zeros_like(student.key) if ctx.needs_input_grad[1] else None
+            as_key = torch.zeros_like(student.key, dtype=grad.dtype) if needed[1] else None
         with full_precision(grad):
             for heads, tokens in _parts(ctx.limits, grad):
                 side = student.part(heads, tokens)
@@ -119,56 +114,69 @@ class _RowKL(torch.autograd.Function):
                     found[1] = found[0]
                 upstream = _take(grad[heads], tokens)
                 limits = _of_part(ctx.limits, heads)
-                _backward(side, teacher.part(heads, tokens), limits, upstream, *found)
+                _backward(side, teacher.part(heads, tokens), limits, ctx.ops, upstream, *found)
                 for whole, part in zip(wholes, found, strict=True):
                     _put(whole, tokens, part)
-        return as_query, None if as_key is as_query else as_key, None, None, None, None
+        grads = as_query, None if as_key is as_query else as_key
+        return *(_finished(x, unit, student.query.dtype) for x in grads), *[None] * 6
 
 
-def _forward(student: Side, teacher: Side, limits: Limits, out: Tensor) -> None:
-    for block in _blocks(student, teacher, limits):
-        p = teacher.scores(block, limits, block.buffers[0])
-        q = student.scores(block, limits, block.buffers[1])
-        # The maximum goes first: the difference of two lse keeps its digits if neither is large.
-        p.sub_(p.amax(-1, keepdim=True))
-        q.sub_(q.amax(-1, keepdim=True))
-        power = torch.exp(p, out=shaped(block.buffers[2], *block.shape))
-        gap = p.sub_(q)
-        p_sum, q_sum = power.sum(-1), q.exp_().sum(-1)
-        pull = power.mul_(gap).sum(-1) / p_sum
-        torch.add(pull, (q_sum / p_sum).log(), out=out[block.heads, block.rows])
+def _forward(student: Side, teacher: Side, limits: Limits, ops: RowOps, out: Tensor) -> None:
+    for block in _blocks(student, teacher, limits, out):
+        p = teacher.scores(block, block.buffers[0])
+        q = student.scores(block, block.buffers[1])
+        out[block.heads, block.rows] = ops.kl(p, q, block, limits)
 
 
 def _backward(
     student: Side,
     teacher: Side,
     limits: Limits,
+    ops: RowOps,
     grad: Tensor,  # [H, M]
     as_query: Tensor | None,  # [H, M, ds]
     as_key: Tensor | None,  # [Hkv, N, ds]
 ) -> None:
     """Adds the gradients; a vector that is query and key gets both in the same tensor."""
-    weight = (grad * student.scale).unsqueeze(-1)
-    for block in _blocks(student, teacher, limits):
-        free = shaped(block.buffers[2], *block.shape)
-        p = torch.softmax(teacher.scores(block, limits, block.buffers[0]), -1, out=free)
-        scores = student.scores(block, limits, block.buffers[1])
-        q = torch.softmax(scores, -1, out=shaped(block.buffers[0], *block.shape))
-        q.sub_(p).mul_(weight[block.heads, block.rows])
+    for block in _blocks(student, teacher, limits, grad):
+        p = teacher.scores(block, block.buffers[0])
+        q = student.scores(block, block.buffers[1])
+        upstream = grad[block.heads, block.rows]
+        slope = ops.slope(p, q, upstream, block, limits, student.key.dtype)
         keys = student.key_heads(block.heads)
-        flat = q.view(keys.stop - keys.start, -1, block.columns)
+        flat = slope.view(keys.stop - keys.start, -1, block.columns)
         if as_query is not None:
-            found = torch.bmm(flat, student.key[keys, : block.columns])
+            key = student.key[keys, : block.columns]
+            found = grad.new_empty(*flat.shape[:2], key.shape[2])
+            put_product(found, flat, key, student.scale)
             rows = as_query[block.heads, block.rows]
             rows += found.view(rows.shape)
         if as_key is not None:
-            as_key[keys, : block.columns].baddbmm_(flat.mT, student.rows(block))
+            part = as_key[keys, : block.columns]
+            add_product(part, flat.mT, student.rows(block), student.scale)
 
 
-def _blocks(student: Side, teacher: Side, limits: Limits) -> Iterator[Block]:
+def _in_units(grad: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The upstream gradient and the unit it is in, None for 1.
+
+    It carries 1 / (number of rows): in fp16 its products with Q - P would vanish.
+    """
+    if not (multiplies_16_bits(key) and key.dtype == torch.float16):
+        return grad, None
+    unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) / FP16_ROOM
+    return grad / unit, unit
+
+
+def _finished(grad: Tensor | None, unit: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if grad is None:
+        return None
+    return (grad if unit is None else grad.mul_(unit)).to(dtype)
+
+
+def _blocks(student: Side, teacher: Side, limits: Limits, like: Tensor) -> Iterator[Block]:
     heads, rows = student.query.shape[:2]
     step = math.lcm(student.share, teacher.share)
-    return blocks(student.query, heads, step, rows, student.key.shape[1], limits.causal)
+    return blocks(like, heads, step, rows, student.key.shape[1], limits.causal)
 
 
 def _sides(vectors: tuple[Tensor | None, ...], scales: tuple[float, float]) -> list[Side]:

@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mlkd_kernels._gather import gather, gather_mask, global_samples
-from mlkd_kernels.streamed.blocks import full_precision
-from mlkd_kernels.streamed.compiled import not_traced
-from mlkd_kernels.streamed.row_kl import Limits, row_kl
+from mlkd_kernels.rows import full_precision
+from mlkd_kernels.streamed.row_kl import row_kl
+from mlkd_kernels.streamed.row_ops import PLAIN, Limits, RowOps
 
 
-@not_traced
 def similarity_kl(
     student: Tensor,  # [n, ds], 0 where masked, normalised where that is wanted
     teacher: Tensor,  # [n, dt]
@@ -22,7 +21,8 @@ def similarity_kl(
     diagonal: bool,
     student_scale: float,
     teacher_scale: float,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
+    ops: RowOps = PLAIN,
 ) -> Tensor:  # [n]
     bias, excluded = None, None
     if keep is not None:
@@ -38,15 +38,15 @@ def similarity_kl(
         None if group is None else gather(teacher, group).unsqueeze(0),
         (student_scale, teacher_scale),
         Limits(bias, excluded=excluded),
+        ops,
     )
     return rows.squeeze(0)
 
 
-@not_traced
 def similarity_mse(
     student: Tensor,  # [n, ds], normalised where that is wanted
     teacher: Tensor,  # [n, dt]
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # scalar
     """With Z the vectors: |Z Z'^t|^2 = <Z^t Z, Z'^t Z'> turns N x N sums into D x D ones."""
     return _SimilarityMSE.apply(student, teacher, group)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mlkd_kernels.streamed.blocks import on_cpu
-from mlkd_kernels.streamed.row_kl import Limits
+from mlkd_kernels.streamed.row_ops import Limits
 
 # Below this many scores a sequence costs less than packing it.
 MIN_PACKED_SCORES = 2**14
@@ -19,6 +19,7 @@ def token_limits(keep: Tensor | None, heads: int, causal: bool, dtype: torch.dty
             return Limits(causal=causal)
         if heads * keep.shape[1] ** 2 >= MIN_PACKED_SCORES:
             return Limits(causal=causal, parts=_parts(keep, heads))
+    dtype = torch.promote_types(dtype, torch.float32)
     bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
     bias = bias.masked_fill_(~keep, torch.finfo(dtype).min)
     return Limits(bias.repeat_interleave(heads, dim=0), causal)

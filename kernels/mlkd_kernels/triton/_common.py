@@ -10,6 +10,7 @@ import triton.language as tl
 from mlkd_kernels.triton._tiles import head_part, tail_part
 
 LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Finite, unlike -inf: the difference of two masked scores is no NaN, and a row whose first keys are
 # all masked (left padding) is wiped clean by the first real one.
 MASKED = tl.constexpr(-1.0e30)

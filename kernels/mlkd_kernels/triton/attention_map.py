@@ -261,7 +261,9 @@ class _AttentionKL(torch.autograd.Function):
             for _ in range(3)
         )
         if rows.numel():
-            tile = choose_tile("forward", *_widths(*inputs), *(x.dtype for x in inputs))
+            tile = choose_tile(
+                "forward", *_widths(*inputs), *(x.dtype for x in inputs), device=rows.device
+            )
             with on_device(student_query):
                 attention_forward[(triton.cdiv(length, tile.own) * batch * heads,)](
                     *inputs, keep, rows, *lse, *_strides(*inputs), *_heads(*inputs), length,
@@ -290,7 +292,7 @@ class _AttentionKL(torch.autograd.Function):
         for (name, kernel), out in zip(kernels.items(), grads, strict=True):
             if out is None:
                 continue
-            tile = choose_tile(name, *_widths(*inputs), *dtypes)
+            tile = choose_tile(name, *_widths(*inputs), *dtypes, device=grad.device)
             with on_device(out):
                 kernel[(triton.cdiv(length, tile.own) * out.shape[0] * out.shape[1],)](
                     *inputs, keep, student_lse, teacher_lse, grad, unit, out,

@@ -200,7 +200,8 @@ class _RelationKL(torch.autograd.Function):
         )
         if rows.numel():
             widths = student.shape[-1] // heads, teacher.shape[-1] // heads
-            tile = choose_tile("forward", *widths, student.dtype, teacher.dtype)
+            dtypes = student.dtype, teacher.dtype
+            tile = choose_tile("forward", *widths, *dtypes, device=student.device)
             with on_device(student):
                 relation_forward[(triton.cdiv(length, tile.own) * batch * heads,)](
                     student, teacher, keep, rows, *lse,
@@ -221,7 +222,8 @@ class _RelationKL(torch.autograd.Function):
         if not grad.numel():
             return out.zero_(), None, None, None, None, None
         widths = student.shape[-1] // ctx.heads, teacher.shape[-1] // ctx.heads
-        tile = choose_tile("gram_backward", *widths, student.dtype, teacher.dtype)
+        dtypes = student.dtype, teacher.dtype
+        tile = choose_tile("gram_backward", *widths, *dtypes, device=student.device)
         grad, unit = row_gradient(grad, keep, student.dtype)
         paired = pairs(*widths, ctx.causal)
         with on_device(student):

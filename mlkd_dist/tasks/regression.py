@@ -1,0 +1,76 @@
+"""A number for each text or text pair, as in STS-B."""
+
+import math
+from typing import Any
+
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from mlkd_dist.tasks import IGNORE, Batch, pad
+from mlkd_dist.trace import Trace
+
+
+class Task:
+    model_class = AutoModelForSequenceClassification
+    reads = frozenset({"logits"})
+
+    def __init__(self, settings: Any, data: Any):
+        self.texts = [data.text] + ([data.text_pair] if data.text_pair else [])
+        self.label = data.label
+        self.columns = [*self.texts, self.label]
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "regression", "columns": self.columns}
+
+    def encode(
+        self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> dict[str, list]:
+        # IGNORE is how a batch says that a label is not known.
+        wrong = next((v for v in rows[self.label] if not is_number(v) or v == IGNORE), None)
+        if wrong is not None:
+            raise ValueError(
+                f"column {self.label!r}: {wrong!r} is not a number that can be learned; labels are "
+                f"finite numbers other than {IGNORE}. Correct the data, or set data.label to "
+                f"another column."
+            )
+        encoded = dict(
+            tokenizer(*(rows[name] for name in self.texts), truncation=True, max_length=max_length)
+        )
+        return encoded | {"labels": [float(label) for label in rows[self.label]]}
+
+    def collate(
+        self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase
+    ) -> Batch:
+        kept = torch.tensor(keep)
+        labels = torch.tensor([row["labels"] for row in rows]).masked_fill(~kept, IGNORE)
+        return Batch(pad(rows, tokenizer), kept, labels=labels, label_keep=kept)
+
+    def outputs(self, trace: Trace, batch: Batch) -> dict[str, Tensor]:
+        said = trace.logits.float().squeeze(-1)
+        return {"value": said[batch.keep].cpu(), "label": batch.labels[batch.keep].cpu()}
+
+    def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        """Correlations with the labels, as GLUE has it."""
+        return compared(outputs["value"], outputs["label"])
+
+    def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
+        gap = student["value"] - teacher["value"]
+        found = compared(student["value"], teacher["value"])
+        return found | {"mse": float(gap.square().mean())}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def compared(one: Tensor, other: Tensor) -> dict[str, float]:
+    """Nothing where a correlation is not defined: fewer than two values, or all the same."""
+    if min(len(one.unique()), len(other.unique())) < 2:
+        return {}
+    pair = one.numpy(), other.numpy()
+    return {
+        "pearson": float(pearsonr(*pair).statistic),
+        "spearman": float(spearmanr(*pair).statistic),
+    }
