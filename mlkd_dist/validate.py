@@ -22,7 +22,9 @@ TASK_OPTIONS = {
     "stride": "question_answering",
     "mask_probability": "masked_lm",
 }
-ONE_TEXT = ["embedding", "masked_lm"]
+ONE_TEXT = ["embedding", "masked_lm", "causal_lm"]
+# Tasks with a row of logits per token.
+VOCABULARY = ["masked_lm", "causal_lm"]
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
     "train_batch_size": "batch",
@@ -62,6 +64,7 @@ def validate(config: Config) -> None:
                 f"kernels: triton, but stages[{index}].losses.attention_mse has no Triton kernel; "
                 f"use auto, which takes the fastest there is for each loss."
             )
+    check_pack(config)
     check_models(config)
 
 
@@ -124,8 +127,6 @@ def check_values(config: Config) -> None:
             f"optim.betas: {betas} is not allowed; give two numbers from 0 to below 1, as in "
             f"[0.9, 0.999]."
         )
-    if config.data.pack:
-        raise UserError("data.pack: true is not available for these tasks; use false.")
 
 
 def check_deepspeed(extra: dict[str, Any]) -> None:
@@ -193,6 +194,7 @@ def check_task(config: Config) -> None:
         raise UserError(
             f"data.text_pair: the task {config.task.kind} reads one text per row; remove it."
         )
+    check_text(config)
     if config.data.text_pair is None and config.task.kind == "question_answering":
         raise UserError(
             "data.text_pair: question_answering reads questions from data.text and passages from "
@@ -214,6 +216,53 @@ def check_task(config: Config) -> None:
             )
         check_length("teacher.finetune", finetune)
         at_least("teacher.finetune.lr", finetune.lr, 0)
+
+
+def check_text(config: Config) -> None:
+    """What causal_lm learns from: documents, completions of prompts, or chats."""
+    data = config.data
+    for name in ("prompt", "completion", "messages"):
+        if getattr(data, name) is not None and config.task.kind != "causal_lm":
+            raise UserError(
+                f"data.{name}: only for task.kind causal_lm, given with {config.task.kind}; remove "
+                f"it."
+            )
+    if (data.prompt is None) != (data.completion is None) or (
+        data.prompt is not None and data.prompt == data.completion
+    ):
+        raise UserError(
+            f"data.prompt, data.completion: {data.prompt!r} and {data.completion!r} are given; "
+            f"name two columns, or neither."
+        )
+    if data.messages is not None and data.prompt is not None:
+        raise UserError(
+            "data.messages: given beside data.prompt; use one of them: chats, or prompts with "
+            "completions."
+        )
+
+
+def check_pack(config: Config) -> None:
+    if not config.data.pack:
+        return
+    if config.task.kind != "causal_lm":
+        raise UserError(
+            f"data.pack: true is only for task.kind causal_lm, given with {config.task.kind}; use "
+            f"false."
+        )
+    for who, model in (("teacher", config.teacher), ("student", config.student)):
+        if model.attention.startswith("flash"):
+            raise UserError(
+                f"{who}.attention: {model.attention} cannot keep the documents of a packed "
+                f"sequence apart; use sdpa, or data.pack=false."
+            )
+    for index, stage in enumerate(config.stages):
+        for name in stage.losses:
+            if not loss_schema(name).packed:
+                raise UserError(
+                    f"stages[{index}].losses.{name}: this loss compares tokens or samples with one "
+                    f"another and would mix the documents of a packed sequence; use "
+                    f"data.pack=false, or losses such as soft_labels and hidden_mse."
+                )
 
 
 def check_length(key: str, given: Any) -> None:
@@ -257,8 +306,20 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
             raise UserError(
                 f"{key}.label_smoothing: the task {task} has no classes to smooth over; remove it."
             )
+        if options.get("truncate") and task not in VOCABULARY:
+            raise UserError(
+                f"{key}.truncate: only for tasks over a vocabulary ({', '.join(VOCABULARY)}), "
+                f"given with {task}; remove it."
+            )
     if stage.open is not None:
         check_open(where, stage.open, list(stage.losses))
+        # They would get no gradient at all, and ZeRO-3 then takes that of an earlier step again.
+        local = [name for name, given in stage.losses.items() if given.get("input") == "teacher"]
+        if local and stage.open.rule == "pid":
+            raise UserError(
+                f"{where}.open.rule: pid goes on to the next layer, and {local[0]} with input: "
+                f"teacher then leaves the layers below without a gradient; use sid, or input: own."
+            )
 
 
 def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
