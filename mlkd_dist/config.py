@@ -121,7 +121,7 @@ class StudentConfig:
 @dataclass
 class TaskConfig:
     kind: str = "embedding"
-    """embedding, classification, regression, question_answering or masked_lm."""
+    """embedding, classification, regression, question_answering, masked_lm or causal_lm."""
     pooling: str | None = None
     """embedding: how a sentence vector is made: mean (default), cls or last."""
     labels: int | None = None
@@ -149,10 +149,17 @@ class DataConfig:
     label: str = "label"
     """Column of the class number; for regression, of the number; for question_answering, of the
     answers {"text": [...], "answer_start": [...]}."""
+    prompt: str | None = None
+    """causal_lm: column of a text that is read only; needs `completion`."""
+    completion: str | None = None
+    """causal_lm: column of the text that is learned, as what follows `prompt`."""
+    messages: str | None = None
+    """causal_lm: column of chats, lists of {role, content}; the assistant's turns are learned."""
     max_length: int = 128
-    """Tokens after which a text is cut."""
+    """Tokens after which a text is cut; a document of causal_lm goes on in the next sequence."""
     pack: bool = False
-    """Pack several texts into one sequence; not available for these tasks."""
+    """causal_lm: put several texts into one sequence of at most max_length tokens; none attends to
+    another."""
     workers: int = 0
     """Processes per rank that collate batches; 0 collates in the training process."""
     cache: str | None = None

@@ -70,8 +70,8 @@ def prepare(
 
     @cache
     def raw(source: str) -> datasets.Dataset:
-        label = getattr(task, "label", None)
-        return read(source, task.columns, label, getattr(task, "structured_label", False))
+        label, structured = getattr(task, "label", None), getattr(task, "structured_label", False)
+        return read(source, task.columns, label, structured, getattr(task, "keys", None))
 
     # Raw rows are split, so that every tokenizer and max_length holds out the same ones.
     @cache
@@ -259,6 +259,11 @@ def _through_cache(
             # Else datasets pickles task and tokenizer to name a cache file that nobody reads.
             new_fingerprint=entry.name[:32],
         )
+        if not len(encoded):
+            raise UserError(
+                f"no text of the data has anything to learn (columns: {', '.join(task.columns)}); "
+                f"give longer texts, or more of them."
+            )
         encoded.save_to_disk(work / "entry")
         _install(work / "entry", entry)
     finally:

@@ -229,6 +229,7 @@ def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objectiv
         widths(teacher) if teacher else None,
         run.config.kernels,
         run.world,
+        run.task.vocabulary,
     )
 
 

@@ -283,14 +283,20 @@ def clip_in_step(
     optimizer.register_step_pre_hook(clip)
 
 
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """While open, weights that ZeRO-3 shards are whole, for reading. All processes open it."""
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
+
+
 def whole_weights(module: nn.Module) -> dict[str, Tensor] | None:
     """The weights of a module on the first process, in CPU memory, gathered one by one where they
     are sharded. Every process must call this."""
     first = dist.get_rank() == 0
     weights = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        sharded = [tensor] if hasattr(tensor, "ds_id") else []
-        with deepspeed.zero.GatheredParameters(sharded):
+        with gathered([tensor]):
             if first:
                 weights[name] = tensor.detach().cpu().clone()
     return weights if first else None

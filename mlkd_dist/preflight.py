@@ -1,5 +1,6 @@
 """All that is checked before any weights load and before anything is written."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mlkd_dist import tasks
 from mlkd_dist.config import Config, FromTeacherConfig, UserError
 from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.head import check_linear_head
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
@@ -88,13 +90,15 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
 
     def read_and_check() -> None:
         shapes = check_shapes_of_models(config, student_path)
-        check_low_rank(config, task.model_class)
+        check_low_rank(config, task)
         tokenizer, train, held_out = read()
         check_openings(config, world, len(train), *shapes)
         run = Run(config, world, task, tokenizer, train, held_out)
         check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
+        if task.vocabulary:
+            check_entries(run, student_path)
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
@@ -169,7 +173,7 @@ def check_openings(
         opening(f"stages[{index}]", stage, sorted(layers), steps)
 
 
-def check_low_rank(config: Config, model_class: Any) -> None:
+def check_low_rank(config: Config, task: Any) -> None:
     """That the student has the matrices which are to be factorised, and that each has a rank."""
     student, trust = config.student, config.trust_remote_code
     if student.low_rank is None:
@@ -177,7 +181,7 @@ def check_low_rank(config: Config, model_class: Any) -> None:
     found = cut_config(
         read_config(config.teacher.path, trust), student.from_teacher or FromTeacherConfig()
     )
-    check_plan(check_kind(config, model_class, config.teacher.path, found), student.low_rank)
+    check_plan(check_kind(config, task, config.teacher.path, found), student.low_rank)
 
 
 def check_weights(run: Run, student_path: str) -> None:
@@ -192,7 +196,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_kind(config, run.task.model_class, path, found)
+        check_kind(config, run.task, path, found)
         loaded[path] = load_model(
             run.task.model_class,
             path,
@@ -236,11 +240,10 @@ def check_matrices(
             )
 
 
-def check_kind(
-    config: Config, model_class: Any, path: str, found: PreTrainedConfig
-) -> PreTrainedModel:
+def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) -> PreTrainedModel:
     """That transformers has this model for the task, and that it can be read; returns it without
     weights."""
+    model_class = task.model_class
     try:
         with torch.device("meta"):
             model = model_class.from_config(
@@ -252,7 +255,40 @@ def check_kind(
             f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
         ) from error
     check_readable(model, path)
+    if task.vocabulary:
+        check_linear_head(model, path)
+        check_direction(model, path, config)
     return model
+
+
+def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:
+    """That a model of causal_lm looks back only: an encoder would read the tokens it is to say."""
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if config.task.kind == "causal_lm" and not causal:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} attends to tokens that come later, so it "
+            f"cannot learn to say them; use a decoder, or task.kind masked_lm."
+        )
+    if config.data.pack and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} takes no position_ids, which count anew in "
+            f"each document of a packed sequence; use data.pack=false."
+        )
+
+
+def check_entries(run: Run, student_path: str) -> None:
+    """That every token of the tokenizer has an entry in both models' vocabularies."""
+    tokens = max(run.tokenizer.get_vocab().values()) + 1
+    for path in (student_path, run.config.teacher.path):
+        if path is None:
+            continue
+        entries = read_config(path, run.config.trust_remote_code).get_text_config().vocab_size
+        if tokens > entries:
+            raise UserError(
+                f"model {path!r} has {entries} entries in its vocabulary and the tokenizer of "
+                f"{student_path!r} has {tokens} tokens; use a model whose embeddings were resized "
+                f"to its tokenizer."
+            )
 
 
 def check_head(run: Run) -> None:
