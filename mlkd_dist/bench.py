@@ -29,20 +29,21 @@ from mlkd_dist.config import Config, StageConfig, UserError
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import Engine, World, barrier, gather_objects, student_engine
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
-from mlkd_dist.losses.hard_labels import hard_labels
 from mlkd_dist.metrics import Clock, peak_gib
 from mlkd_dist.model import load_model, read_config
 from mlkd_dist.objective import Objective, Peers, Term, weighted_sum
 from mlkd_dist.preflight import check_start, prepared
 from mlkd_dist.run import Run, class_count, on_first, source, starting_student, user_errors
 from mlkd_dist.schedule import learning_rate, total_steps
+from mlkd_dist.schema import loss_options, loss_schema
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace
+from mlkd_dist.watch import Watch
 from mlkd_kernels import choose
 
-FLOOR, STEP = "floor", "step"
+FLOOR, STEP, HARD_LABELS = "floor", "step", "hard_labels"
 KEYS = ("floor_s", "step_s", "overhead", "floor_peak_gib", "step_peak_gib")
 
 
@@ -51,13 +52,17 @@ class Floor(Objective):
 
     def __init__(self, stage: Objective, terms: list[Term], labelled: bool):
         vars(self).update(vars(stage))
-        self.terms, self.labelled = terms, labelled
+        self.terms, self.labelled = list(terms), labelled
+        if labelled and HARD_LABELS not in self.names:
+            options = loss_options(HARD_LABELS, loss_schema(HARD_LABELS), None)
+            like = stage.terms[0]
+            self.terms.append(Term(HARD_LABELS, options, like.backend, [], like.vocabulary))
 
     def needs(self, side: int) -> Needs:
-        last = self.student.layers - 1
-        states = Needs(layers={last: frozenset({"hidden"})})
-        own = Needs(model=frozenset({"logits"})) if self.labelled else states
-        return super().needs(side).union(own if side == 0 else Needs())
+        needs = super().needs(side)
+        if side == 1 or self.labelled:
+            return needs
+        return needs.union(Needs(layers={self.student.layers - 1: frozenset({"hidden"})}))
 
     def __call__(
         self,
@@ -69,15 +74,15 @@ class Floor(Objective):
         peers: Peers | None,
         index: int,
     ) -> tuple[Tensor, Tensor]:
+        given = (student, teacher, batch, rows, projections, peers, index)
         if self.labelled:
-            loss = weighted_sum(hard_labels(student), batch.label_keep.float()) / rows["label"]
-        else:
-            states = student.layers[self.student.layers - 1].hidden
-            loss = weighted_sum(states.float().sum(-1), batch.mask.float()) / rows["token"]
+            return super().__call__(*given)
+        states = student.layers[self.student.layers - 1].hidden
+        loss = weighted_sum(states.float().sum(-1), batch.mask.float()) / rows["token"]
         if not self.terms:
             idle = self.idle_projections(projections)
             return torch.stack([loss, *idle]).sum(), loss.new_zeros(0)
-        more, shares = super().__call__(student, teacher, batch, rows, projections, peers, index)
+        more, shares = super().__call__(*given)
         return loss + more, shares
 
 
@@ -110,7 +115,9 @@ class Bench:
     def use(self, variant: str) -> None:
         self.student.objective = self.variants[variant]
         if self.teacher is not None:
-            self.teacher.needs = self.variants[variant].needs(1)
+            # Where a run never makes the teacher's logits over a vocabulary, its floor does not.
+            head = self.variants[STEP].needs(1).model & {"head"}
+            self.teacher.needs = self.variants[variant].needs(1).union(Needs(model=head))
 
     def step(self, variant: str, index: int, metrics: TeacherTime) -> None:
         distill.train_step(
@@ -121,6 +128,7 @@ class Bench:
             metrics,
             index,
             seed=(self.run.config.run.seed, index),
+            watch=Watch(self.run.config.run, self.run.world),
         )
 
     def seconds(self, variant: str) -> tuple[float, float]:

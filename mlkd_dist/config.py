@@ -16,6 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mlkd_dist.commit import write_whole
+
 
 class UserError(ValueError):
     """A mistake of the person who runs the program, told in one message; the program exits with
@@ -29,7 +31,22 @@ class RunConfig:
     seed: int = 0
     """Seed of data order, initialisation and dropout."""
     overwrite: bool = False
-    """Replace what an earlier run left in `dir`; without it such a folder is refused."""
+    """Replace a finished run in `dir`, or one with other settings; without it such a folder is
+    refused. One that is not finished goes on."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint, with the same mathematics. changed: with other
+    settings too. never: do not."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between two checkpoints; without it time alone decides."""
+    checkpoint_minutes: float | None = 15.0
+    """Minutes between two checkpoints; null: checkpoint_every alone. One is also made at the end of
+    each stage and when the run is stopped."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    time_limit: float | None = None
+    """Minutes after its start at which the program saves, stops and exits with 75."""
+    max_skipped: int = 10
+    """So many steps in a row without a finite loss and gradient stop the run."""
 
 
 @dataclass
@@ -121,7 +138,7 @@ class StudentConfig:
 @dataclass
 class TaskConfig:
     kind: str = "embedding"
-    """embedding, classification, regression, question_answering or masked_lm."""
+    """embedding, classification, regression, question_answering, masked_lm or causal_lm."""
     pooling: str | None = None
     """embedding: how a sentence vector is made: mean (default), cls or last."""
     labels: int | None = None
@@ -149,10 +166,17 @@ class DataConfig:
     label: str = "label"
     """Column of the class number; for regression, of the number; for question_answering, of the
     answers {"text": [...], "answer_start": [...]}."""
+    prompt: str | None = None
+    """causal_lm: column of a text that is read only; needs `completion`."""
+    completion: str | None = None
+    """causal_lm: column of the text that is learned, as what follows `prompt`."""
+    messages: str | None = None
+    """causal_lm: column of chats, lists of {role, content}; the assistant's turns are learned."""
     max_length: int = 128
-    """Tokens after which a text is cut."""
+    """Tokens after which a text is cut; a document of causal_lm goes on in the next sequence."""
     pack: bool = False
-    """Pack several texts into one sequence; not available for these tasks."""
+    """causal_lm: put several texts into one sequence of at most max_length tokens; none attends to
+    another."""
     workers: int = 0
     """Processes per rank that collate batches; 0 collates in the training process."""
     cache: str | None = None
@@ -446,4 +470,4 @@ HEADER = "# Every setting of this run, written by mlkd_dist.\n"
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(HEADER + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_whole(path, HEADER + OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mlkd_dist.sources import fingerprint, locate, read
 
 # Raised when the meaning of a cached row changes.
 FORMAT = 1
+# Seconds that a loader process may take for one micro-batch.
+LOADER_TIMEOUT = 300
 
 
 class Task(Protocol):
@@ -70,8 +73,8 @@ def prepare(
 
     @cache
     def raw(source: str) -> datasets.Dataset:
-        label = getattr(task, "label", None)
-        return read(source, task.columns, label, getattr(task, "structured_label", False))
+        label, structured = getattr(task, "label", None), getattr(task, "structured_label", False)
+        return read(source, task.columns, label, structured, getattr(task, "keys", None))
 
     # Raw rows are split, so that every tokenizer and max_length holds out the same ones.
     @cache
@@ -157,12 +160,21 @@ def batches(
         collate_fn=_Collate(collate),
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals if workers else None,
+        # A worker that is stuck is an error, not a wait without end.
+        timeout=LOADER_TIMEOUT if workers else 0,
         # Else it draws from the global generator, and a resumed run sees other dropout.
         generator=torch.Generator(),
     )
     micro_batches = iter(loader)
     for _ in range(start_step, stop_step):
         yield [next(micro_batches) for _ in range(sampler.grad_accum)]
+
+
+def _ignore_signals(worker: int) -> None:
+    """What is sent to every process of a run is for those that train."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -211,14 +223,14 @@ def _key(content: list[str], task: Task, tokenizer: Any, max_length: int) -> str
         "content": content,
         "columns": task.columns,
         "task": task.settings(),
-        "tokenizer": _describe_tokenizer(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
         "max_length": max_length,
         "versions": [FORMAT, transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _describe_tokenizer(tokenizer: Any) -> list[Any]:
+def describe_tokenizer(tokenizer: Any) -> list[Any]:
     if tokenizer.is_fast:
         model = json.loads(tokenizer.backend_tokenizer.to_str())
         # Left behind by the last call of the tokenizer; not part of what it is.
@@ -259,6 +271,11 @@ def _through_cache(
             # Else datasets pickles task and tokenizer to name a cache file that nobody reads.
             new_fingerprint=entry.name[:32],
         )
+        if not len(encoded):
+            raise UserError(
+                f"no text of the data has anything to learn (columns: {', '.join(task.columns)}); "
+                f"give longer texts, or more of them."
+            )
         encoded.save_to_disk(work / "entry")
         _install(work / "entry", entry)
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlkd_dist.commit import write_whole
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import DTYPES, barrier, gather_objects
@@ -73,8 +74,8 @@ class Evaluator:
         return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
 
     def latency(self, path: str, settings: TeacherConfig, parameters: int) -> float | None:
-        """Median milliseconds of one batch through the whole model on one process; None where it
-        does not fit."""
+        """Median milliseconds of one batch through the whole model, and what the task takes of it,
+        on one process; None where it does not fit."""
         if self.world.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.world.device)
             if parameters * DTYPES[settings.dtype].itemsize > free / 2:
@@ -87,7 +88,7 @@ class Evaluator:
         times = []
         for _ in range(7):
             start = time.perf_counter()
-            model(batch)
+            self.task.outputs(model(batch), batch)
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
@@ -134,7 +135,7 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         columns = {name: facts for name, (_, facts) in found.items()}
         told = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         told["held_out_rows"] = len(run.held_out)
-        (run.folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
+        write_whole(run.folder / "report.json", json.dumps(told, indent=2) + "\n")
         print(f"\n{table(columns, config.batch.evaluation)}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")
         if ranks_of(read_config(str(run.folder / "export"))):

@@ -12,6 +12,9 @@ GIB = 2**30
 BUCKET = 500_000_000
 PREFETCH = 50_000_000
 MAX_LIVE = 1_000_000_000
+# Those of mlkd_kernels/streamed/linear_divergence.py on a GPU.
+HEAD_BYTES = 3 * 2**30
+MIN_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,17 @@ def forward_only(size: Size, samples: int, length: int, width: int, matrices: bo
     return activations(one_layer, samples, length, width, False, matrices, False)
 
 
-def logits(outputs: int, samples: int, length: int, width: int, compared: bool) -> float:
-    """Of a head over a vocabulary V: B L V logits and their gradient, w each; where a loss reads
-    them, three more in fp32 (our reading of `streamed` losses: log Q, log P, gradient)."""
-    return samples * length * outputs * (2 * width + (12 if compared else 0))
+def logits(size: Size, samples: int, length: int, width: int, compared: bool) -> float:
+    """Of the student's head over a vocabulary V. Losses take it in chunks of n tokens, three
+    buffers of n V numbers (two of fp32, one of w bytes), n the power of two that fits in HEAD_BYTES
+    and at least MIN_TOKENS; the gradients of its input and weight are made on the way, in fp32:
+    4 (B L + V) D. Where no loss reads logits the model makes them all the same, w B L V."""
+    tokens, outputs = samples * length, size.outputs
+    if outputs == 0 or not compared:
+        return width * tokens * outputs
+    most = max(HEAD_BYTES // ((8 + width) * outputs), 1)
+    chunk = min(max(1 << (most.bit_length() - 1), MIN_TOKENS), tokens)
+    return chunk * outputs * (8 + width) + 4 * (tokens + outputs) * size.hidden
 
 
 @dataclass(frozen=True)

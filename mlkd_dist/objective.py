@@ -9,6 +9,7 @@ micro-batches.
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from mlkd_dist.engine import World, all_gather, all_reduce
+from mlkd_dist.head import HeadRows
 from mlkd_dist.layer_map import Pairs, layer_pairs
 from mlkd_dist.losses import load
 from mlkd_dist.schedule import Opening
 from mlkd_dist.schema import LossSchema, loss_schema
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import LAYER_READS, Needs, Samples, Trace
+from mlkd_dist.watch import Watch
 
 ROW_KINDS = ("token", "sample", "label")
 # Options that this file acts on; the rest go to the loss.
@@ -45,16 +48,22 @@ class Term:
     options: dict[str, Any]
     backend: str
     pairs: Pairs
+    vocabulary: bool = False  # whether there is a row of logits per token
     schema: LossSchema = field(init=False)
     function: Callable[..., Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.schema = loss_schema(self.name)
-        function = load(self.name)
+        function = load(self.name, "over_vocabulary" if self.at_head else None)
         own = {key: value for key, value in self.options.items() if key not in COMMON}
         if "backend" in inspect.signature(function).parameters:
             own["backend"] = self.backend
         self.function = lambda *read: function(*read, **own)
+
+    @property
+    def at_head(self) -> bool:
+        """Whether it reads what enters the output heads, instead of logits."""
+        return self.vocabulary and self.schema.rows == "label"
 
     @property
     def divisor(self) -> str:
@@ -65,11 +74,9 @@ class Term:
         """Of the student (side 0) or the teacher (side 1), of these of its layer pairs."""
         if side == 1 and not self.schema.teacher:
             return Needs()
-        reads = frozenset(self.schema.read_by(self.options))
+        reads = frozenset(["head"] if self.at_head else self.schema.read_by(self.options))
         if self.schema.scope == "module":
-            return Needs(
-                matrices={pair[side]: self.matrix_reads(side, reads) for pair in self.pairs}
-            )
+            return Needs(matrices={pair[side]: self.matrix_reads(side, reads) for pair in pairs})
         if self.schema.scope != "layer":
             return Needs(model=reads)
         assert reads <= set(LAYER_READS), reads
@@ -111,12 +118,13 @@ class Objective:
         teacher: Widths | None,
         backend: str,
         world: World,
+        vocabulary: bool = False,
     ):
         self.world, self.student, self.teacher = world, student, teacher
         # Which terms count at the present step; None: all of them.
         self.opening: Opening | None = None
         self.terms = [
-            Term(name, options, backend, self.pairs_of(name, options, layers))
+            Term(name, options, backend, self.pairs_of(name, options, layers), vocabulary)
             for name, options in losses.items()
         ]
 
@@ -204,19 +212,25 @@ class Objective:
                 maps[term.projection_key(layer)] = linear
         return maps
 
-    def global_rows(self, batches: list[Batch]) -> dict[str, Tensor]:
+    def global_rows(self, batches: list[Batch], watch: Watch | None = None) -> dict[str, Tensor]:
         """How many rows count in this step, over all micro-batches and processes. One small
-        all-reduce."""
+        all-reduce, which also carries what the processes have to agree on."""
         counts = torch.stack(
             [
-                torch.stack([batch.mask.sum(), batch.keep.sum(), (batch.label_keep).sum()]).to(
+                torch.stack([batch.mask.sum(), batch.samples, batch.label_keep.sum()]).to(
                     torch.int64
                 )
                 for batch in batches
             ]
         ).sum(0)
-        counts = all_reduce(counts).clamp_min(1).float()
-        return dict(zip(ROW_KINDS, counts.unbind(), strict=True))
+        if watch is None:
+            counts = all_reduce(counts)
+        else:
+            counts, flags = all_reduce(torch.cat([counts, watch.flags()])).tensor_split(
+                [len(counts)]
+            )
+            watch.sum_flags(flags)
+        return dict(zip(ROW_KINDS, counts.clamp_min(1).float().unbind(), strict=True))
 
     def peers(
         self, batches: list[Batch], seen: list[Trace], student: list[dict[str, Tensor]] | None
@@ -277,11 +291,14 @@ class Objective:
         share of each term ([terms], without weights) for the logs: the shares of a step sum to the
         terms of the global batch."""
         losses, shares = [], []
+        at_head = self.head_sums(student, teacher, batch)
         for term in self.terms:
             if not self.is_open(term):
                 sums = share = torch.zeros((), device=batch.keep.device)
             elif term.schema.scope == "batch":
                 sums, share = self.batch_sums(term, student, projections, peers, index)
+            elif term.at_head:
+                sums = share = at_head[term.name]
             else:
                 sums = share = self.sums(term, student, teacher, batch, projections)
             losses.append(term.options["weight"] * sums / rows[term.divisor])
@@ -291,7 +308,9 @@ class Objective:
 
     def idle_projections(self, projections: nn.ModuleDict) -> list[Tensor]:
         """A zero, with a gradient of zero, from each projection that no open term uses: where a
-        parameter gets none at all, DeepSpeed's ZeRO-3 takes that of an earlier step again."""
+        parameter gets none at all, DeepSpeed's ZeRO-3 takes that of an earlier step again. The
+        model's own weights always get one, once they had one: the layers that open read all that
+        was open before. openings.py refuses where it would be otherwise."""
         used = set()
         for term in filter(self.is_open, self.terms):
             layers = [pair[0] for pair in self.open_pairs(term)] or [None]
@@ -323,16 +342,35 @@ class Objective:
             total = total + weighted_sum(term.function(*read, *extra), weight)
         return total / len(pairs) if term.options["sum_layers"] == "mean" else total
 
+    def head_sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        """The sums of all terms over a vocabulary, in one use of each head's weights; no work is
+        done for rows that do not count."""
+        terms = [term for term in self.terms if term.at_head and self.is_open(term)]
+        if not terms:
+            return {}
+        labels = batch.labels.flatten().index_select(0, batch.label_rows)
+        weight = torch.ones_like(labels, dtype=torch.float32)
+
+        def entering(trace: Trace) -> Tensor:  # [n, D]
+            return trace.head_input.flatten(0, 1).index_select(0, batch.label_rows)
+
+        def sums(ours: HeadRows) -> Tensor:
+            with ExitStack() as stack:
+                theirs = None
+                if any(term.schema.teacher for term in terms):
+                    theirs = stack.enter_context(teacher.head.opened(entering(teacher)))
+                return torch.stack([t.function(ours, theirs, weight, labels) for t in terms])
+
+        found = student.head.within(entering(student), sums)
+        return dict(zip([term.name for term in terms], found.unbind(), strict=True))
+
     @staticmethod
     def row_weight(term: Term, batch: Batch) -> Tensor:  # [B] or [B, L]
         if term.schema.rows == "label":
             return batch.label_keep.float()
         if term.schema.rows == "sample":
             return batch.keep.float()
-        weight = batch.mask.float()
-        if term.divisor == "sample":
-            weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
-        return weight
+        return batch.sample_mean if term.divisor == "sample" else batch.mask.float()
 
     def batch_sums(
         self, term: Term, student: Trace, projections: nn.ModuleDict, peers: Peers, index: int

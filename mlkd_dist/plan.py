@@ -29,7 +29,6 @@ from mlkd_dist.student import FEED_FORWARD, cut_config
 from mlkd_dist.trace import Needs, layer_modules
 
 WIDTHS = {"fp32": 4, "bf16": 2}
-VOCABULARY_TASKS = ("masked_lm", "causal_lm")
 LARGEST_BATCH = 2**20
 
 
@@ -67,7 +66,7 @@ class Models:
     compared: int
     # fp32 numbers per sample that go to every process.
     gathered: int
-    reads_logits: bool
+    reads_head: bool
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def models_of(config: Config) -> Models:
     student_trace = trace_of(student, ours, [o.needs(0) for o in objectives])
     reading = [o for o in objectives if o.reads_teacher]
     if not reading:
-        return Models(None, student_size, (0, 0), student_trace, 0, 0, reads_logits(objectives))
+        return Models(None, student_size, (0, 0), student_trace, 0, 0, reads_head(objectives))
     deepest = deepest_needs(reading)
     theirs = built(config, cut_to(teacher, deepest), teacher_class(config, deepest), "teacher")
     teacher_trace = trace_of(teacher, theirs, [o.needs(1) for o in reading])
@@ -190,7 +189,7 @@ def models_of(config: Config) -> Models:
         student_trace,
         teacher_trace[0] + student_trace[0],
         max(2 * teacher.hidden_size * len(o.batch_terms) for o in objectives),
-        reads_logits(objectives),
+        reads_head(objectives),
     )
 
 
@@ -204,7 +203,13 @@ def objective(
 
     stage, nowhere = config.stages[index], World(0, 1, 0, torch.device("meta"))
     made = Objective(
-        stage.losses, stage.layers, widths(student), widths(teacher), "streamed", nowhere
+        stage.losses,
+        stage.layers,
+        widths(student),
+        widths(teacher),
+        "streamed",
+        nowhere,
+        tasks.load(config.task.kind).vocabulary,
     )
     with torch.device("meta"):
         maps = made.projections()
@@ -212,8 +217,8 @@ def objective(
     return made
 
 
-def reads_logits(objectives: list[Objective]) -> bool:
-    return any("logits" in made.needs(0).model for made in objectives)
+def reads_head(objectives: list[Objective]) -> bool:
+    return any("head" in made.needs(0).model for made in objectives)
 
 
 def deepest_needs(objectives: list[Objective]) -> Needs:
@@ -230,7 +235,9 @@ def cut_to(teacher: PreTrainedConfig, needs: Needs) -> PreTrainedConfig:
 
 
 def teacher_class(config: Config, needs: Needs) -> Any:
-    return tasks.load(config.task.kind).model_class if "logits" in needs.model else AutoModel
+    return (
+        tasks.load(config.task.kind).model_class if needs.model & {"logits", "head"} else AutoModel
+    )
 
 
 def built(config: Config, found: PreTrainedConfig, model_class: Any, who: str) -> nn.Module:
@@ -264,7 +271,7 @@ def size_of(config: Config, found: PreTrainedConfig, model: nn.Module) -> Size:
     inner = next((v for name in FEED_FORWARD if (v := getattr(found, name, None))), None)
     inner = inner or (roles["up"][1] if "up" in roles else 4 * found.hidden_size)
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
-    vocabulary = config.task.kind in VOCABULARY_TASKS and model.get_output_embeddings() is not None
+    head = model.get_output_embeddings() if tasks.load(config.task.kind).vocabulary else None
     return Size(
         parameters=count(model),
         largest=max(own),
@@ -275,7 +282,7 @@ def size_of(config: Config, found: PreTrainedConfig, model: nn.Module) -> Size:
         heads=found.num_attention_heads,
         inner=inner,
         gated="gate" in roles,
-        outputs=found.vocab_size if vocabulary else 0,
+        outputs=found.vocab_size if head is not None else 0,
     )
 
 
@@ -327,7 +334,7 @@ def estimate(
     backward = held + footprint.activations(
         student, micro_batch, length, w, choice.checkpointing, eager, config.student.dropout
     )
-    logits = footprint.logits(student.outputs, micro_batch, length, w, models.reads_logits)
+    logits = footprint.logits(student, micro_batch, length, w, models.reads_head)
     live = footprint.gathered_student(student, choice.student_zero, w)
     zero = config.deepspeed.get("zero_optimization", {})
     bucket = int(zero.get("reduce_bucket_size", footprint.BUCKET))
@@ -341,8 +348,9 @@ def estimate(
         # Where losses compare samples of a whole step, its traces are all there at once.
         kept = accum if models.gathered else 1
         per_sample = length * models.teacher_trace[0] + models.teacher_trace[1]
-        seen = footprint.logits(teacher.outputs, 1, length, t, False) / 2
-        traces = kept * micro_batch * (t * per_sample + seen * models.reads_logits)
+        # What enters a head over a vocabulary, in the place of its logits.
+        per_sample += length * teacher.hidden if teacher.outputs and models.reads_head else 0
+        traces = kept * micro_batch * t * per_sample
         traces += 4 * models.gathered * micro_batch * accum * world
         eager = config.teacher.attention == "eager"
         first = footprint.forward_only(teacher, micro_batch, length, t, eager)

@@ -1,5 +1,6 @@
 """All that is checked before any weights load and before anything is written."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,19 +12,14 @@ from mlkd_dist import tasks
 from mlkd_dist.config import Config, FromTeacherConfig, UserError
 from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.finetune import with_finetuned_teacher
+from mlkd_dist.head import check_linear_head
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.roles import FAMILIES
-from mlkd_dist.run import (
-    Run,
-    check_folder,
-    class_count,
-    headless_student,
-    on_first,
-    user_errors,
-)
+from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
@@ -33,11 +29,12 @@ from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_kernels import choose
 
 
-def check_start(config: Config, world: World) -> None:
-    """What is refused before anything is trained or written, a teacher to fine-tune included."""
+def check_start(config: Config, world: World) -> str:
+    """What is refused before anything is trained or written, a teacher to fine-tune included;
+    returns what the run folder holds."""
 
-    def check() -> None:
-        check_folder(config)
+    def check() -> str:
+        found = standing(with_finetuned_teacher(config))
         try:
             choose(config.kernels)
         except ValueError as error:
@@ -48,8 +45,9 @@ def check_start(config: Config, world: World) -> None:
             paths = config.teacher.path, config.student.path
             tokenizers = [read_tokenizer(path, config.trust_remote_code) for path in paths]
             refuse_other_tokenizer(*tokenizers, *paths)
+        return found
 
-    on_first(world, user_errors(check))
+    return on_first(world, user_errors(check))
 
 
 def check_attention(config: Config) -> None:
@@ -88,13 +86,15 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
 
     def read_and_check() -> None:
         shapes = check_shapes_of_models(config, student_path)
-        check_low_rank(config, task.model_class)
+        check_low_rank(config, task)
         tokenizer, train, held_out = read()
         check_openings(config, world, len(train), *shapes)
         run = Run(config, world, task, tokenizer, train, held_out)
         check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
+        if task.vocabulary:
+            check_entries(run, student_path)
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
@@ -169,7 +169,7 @@ def check_openings(
         opening(f"stages[{index}]", stage, sorted(layers), steps)
 
 
-def check_low_rank(config: Config, model_class: Any) -> None:
+def check_low_rank(config: Config, task: Any) -> None:
     """That the student has the matrices which are to be factorised, and that each has a rank."""
     student, trust = config.student, config.trust_remote_code
     if student.low_rank is None:
@@ -177,7 +177,7 @@ def check_low_rank(config: Config, model_class: Any) -> None:
     found = cut_config(
         read_config(config.teacher.path, trust), student.from_teacher or FromTeacherConfig()
     )
-    check_plan(check_kind(config, model_class, config.teacher.path, found), student.low_rank)
+    check_plan(check_kind(config, task, config.teacher.path, found), student.low_rank)
 
 
 def check_weights(run: Run, student_path: str) -> None:
@@ -192,7 +192,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_kind(config, run.task.model_class, path, found)
+        check_kind(config, run.task, path, found)
         loaded[path] = load_model(
             run.task.model_class,
             path,
@@ -236,11 +236,10 @@ def check_matrices(
             )
 
 
-def check_kind(
-    config: Config, model_class: Any, path: str, found: PreTrainedConfig
-) -> PreTrainedModel:
+def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) -> PreTrainedModel:
     """That transformers has this model for the task, and that it can be read; returns it without
     weights."""
+    model_class = task.model_class
     try:
         with torch.device("meta"):
             model = model_class.from_config(
@@ -252,7 +251,40 @@ def check_kind(
             f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
         ) from error
     check_readable(model, path)
+    if task.vocabulary:
+        check_linear_head(model, path)
+        check_direction(model, path, config)
     return model
+
+
+def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:
+    """That a model of causal_lm looks back only: an encoder would read the tokens it is to say."""
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if config.task.kind == "causal_lm" and not causal:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} attends to tokens that come later, so it "
+            f"cannot learn to say them; use a decoder, or task.kind masked_lm."
+        )
+    if config.data.pack and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} takes no position_ids, which count anew in "
+            f"each document of a packed sequence; use data.pack=false."
+        )
+
+
+def check_entries(run: Run, student_path: str) -> None:
+    """That every token of the tokenizer has an entry in both models' vocabularies."""
+    tokens = max(run.tokenizer.get_vocab().values()) + 1
+    for path in (student_path, run.config.teacher.path):
+        if path is None:
+            continue
+        entries = read_config(path, run.config.trust_remote_code).get_text_config().vocab_size
+        if tokens > entries:
+            raise UserError(
+                f"model {path!r} has {entries} entries in its vocabulary and the tokenizer of "
+                f"{student_path!r} has {tokens} tokens; use a model whose embeddings were resized "
+                f"to its tokenizer."
+            )
 
 
 def check_head(run: Run) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist.allowed import above, at_least, one_of
+from mlkd_dist.allowed import above, at_least, one_of, share
 from mlkd_dist.config import TermConfig, UserError, nearest
 from mlkd_dist.layer_map import is_pairs
 
@@ -25,6 +25,7 @@ class LossSchema:
     teacher: bool
     projection: bool
     same_heads: bool
+    packed: bool
     options: dict[str, tuple[str, Any]]  # name -> (annotation, default)
 
     def common(self) -> list[str]:
@@ -73,8 +74,8 @@ def loss_schema(name: str) -> LossSchema:
     known = {
         key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")
     }
-    same_heads = constants.get("SAME_HEADS", False)
-    return LossSchema(options=options, same_heads=same_heads, **known)
+    flags = {key: constants.get(key.upper(), False) for key in ("same_heads", "packed")}
+    return LossSchema(options=options, **flags, **known)
 
 
 def loss_options(where: str, schema: LossSchema, given: Any) -> dict[str, Any]:
@@ -165,6 +166,8 @@ def check_option_values(where: str, schema: LossSchema, options: dict[str, Any])
             above(f"{where}.{key}", options[key], 0)
     if options.get("splits") is not None:
         at_least(f"{where}.splits", options["splits"], 1)
+    if options.get("beta") is not None:
+        check_beta(where, options["beta"], options.get("kind", ""))
     smoothing = options.get("label_smoothing", 0)
     if not 0 <= smoothing < 1:
         raise UserError(
@@ -174,6 +177,15 @@ def check_option_values(where: str, schema: LossSchema, options: dict[str, Any])
     if options.get("layers") is not None:
         check_layers(where, options["layers"])
     at_least(f"{where}.weight", options["weight"], 0)
+
+
+def check_beta(where: str, beta: float, kind: str) -> None:
+    if kind != "jsd" and not kind.startswith("skew"):
+        raise UserError(
+            f"{where}.beta: {beta} is given with kind {kind}, which mixes nothing; remove it, or "
+            f"use jsd, skew_forward_kl or skew_reverse_kl."
+        )
+    share(f"{where}.beta", beta)
 
 
 def check_layers(where: str, layers: Any) -> None:

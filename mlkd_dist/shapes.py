@@ -31,6 +31,7 @@ class Shape:
     heads: int
     attention: int  # heads times width of a head
     key: int  # key heads times width of a head
+    vocabulary: int  # entries of the output head of a language model
 
     @property
     def known(self) -> bool:
@@ -89,6 +90,7 @@ def shape(config: dict[str, Any]) -> Shape:
         heads,
         heads * head_dim,
         (first("num_key_value_heads") or heads) * head_dim,
+        first("vocab_size"),
     )
 
 
@@ -138,7 +140,8 @@ def student_shape(cut: FromTeacherConfig, teacher: Shape) -> Shape:
             f"{key}.heads: {heads} is not allowed; it must divide the attention width of the "
             f"student, {width}."
         )
-    return Shape(teacher.type, hidden, count, heads, width, teacher.key * hidden // teacher.hidden)
+    key = teacher.key * hidden // teacher.hidden
+    return Shape(teacher.type, hidden, count, heads, width, key, teacher.vocabulary)
 
 
 def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -> Shape | None:
@@ -151,7 +154,21 @@ def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -
     if student is not None and student.known:
         for index, stage in enumerate(config.stages):
             check_stage_on_models(f"stages[{index}]", stage, teacher, student)
+            if config.task.kind in ("masked_lm", "causal_lm"):
+                check_vocabularies(f"stages[{index}]", stage, teacher, student)
     return student
+
+
+def check_vocabularies(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:
+    """Heads of one tokenizer may be padded to different numbers of entries."""
+    ours, theirs = student.vocabulary, teacher.vocabulary
+    for name, options in stage.losses.items():
+        if ours != theirs and options.get("truncate") is False:
+            raise UserError(
+                f"{where}.losses.{name}: the student's vocabulary has {ours} entries and the "
+                f"teacher's {theirs}; where both have the same tokenizer and one is only padded, "
+                f"compare the first {min(ours, theirs)} with {name}.truncate=true."
+            )
 
 
 def check_stage_on_models(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:

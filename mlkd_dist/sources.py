@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,19 @@ class Columns:
     names: list[str]
     label: str | None
     structured_label: bool = False
+    keys: dict[str, str] = field(default_factory=dict)  # column -> what sets it, where a task says
 
     def key(self, name: str) -> str:
+        if name in self.keys:
+            return self.keys[name]
         if name == self.label:
             return "data.label"
         first = next(text for text in self.names if text != self.label)
         return "data.text" if name == first else "data.text_pair"
+
+    def chats(self, name: str) -> bool:
+        """Whether a column holds lists of messages, which are passed on as JSON."""
+        return self.keys.get(name) == "data.messages"
 
     def missing(self, name: str, given: Iterable[str], place: str = "") -> UserError:
         given = list(given)
@@ -61,6 +68,7 @@ class Columns:
 
     def wrong(self, name: str, place: str, held: str) -> UserError:
         wanted = "a label" if name == self.label else "text"
+        wanted = "a list of messages" if self.chats(name) else wanted
         return UserError(
             f"{self.source!r}, {place}: column {name!r} holds {held}, not {wanted}; "
             f"correct the data or set {self.key(name)} to another column."
@@ -89,12 +97,16 @@ def locate(source: str) -> Path | HubName | str:
 
 
 def read(
-    source: str, columns: list[str], label: str | None = None, structured_label: bool = False
+    source: str,
+    columns: list[str],
+    label: str | None = None,
+    structured_label: bool = False,
+    keys: dict[str, str] | None = None,
 ) -> datasets.Dataset:
     """The wanted columns of a source: no nulls, and text everywhere but in `label`, which holds
     text or numbers, or keys and values."""
     place = locate(source)
-    wanted = Columns(source, list(columns), label, structured_label)
+    wanted = Columns(source, list(columns), label, structured_label, keys or {})
     if isinstance(place, Path) and place.suffix in (".jsonl", ".json"):
         return datasets.Dataset(_jsonl(place, wanted))
     if isinstance(place, HubName):
@@ -190,6 +202,8 @@ def _value(row: dict[str, Any], name: str, wanted: Columns, place: str) -> Any:
     if name not in row:
         raise wanted.missing(name, row, f", {place}")
     value = row[name]
+    if wanted.chats(name) and isinstance(value, list):
+        value = json.dumps(value)
     kinds = dict if wanted.structured_label else str | int | float
     if not isinstance(value, str if name != wanted.label else kinds):
         raise wanted.wrong(name, place, json.dumps(value)[:60])
@@ -244,6 +258,8 @@ def _checked(found: datasets.Dataset, wanted: Columns) -> datasets.Dataset:
             raise wanted.missing(name, found.column_names)
     found = found.select_columns(wanted.names)
     for name in wanted.names:
+        if wanted.chats(name):
+            found = _chats_as_text(found, name)
         column = found.data.column(name)
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         if column.null_count:
@@ -252,3 +268,12 @@ def _checked(found: datasets.Dataset, wanted: Columns) -> datasets.Dataset:
         if name != wanted.label and not text:
             raise wanted.wrong(name, "row 1", f"{column.type} ({str(column[0].as_py())[:60]})")
     return found
+
+
+def _chats_as_text(found: datasets.Dataset, name: str) -> datasets.Dataset:
+    kind = found.data.column(name).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return found
+    texts = [None if chat is None else json.dumps(chat) for chat in found[name]]
+    table = found.data.table
+    return datasets.Dataset(table.set_column(table.column_names.index(name), name, [texts]))

@@ -1,13 +1,14 @@
 """A frozen model: `teacher(batch) -> Trace`. It has no optimizer, is never saved, and is loaded
 only as deep as what is read of it. Students are evaluated through it too."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoModel
 
 from mlkd_dist.config import TeacherConfig
-from mlkd_dist.engine import World, frozen_config, frozen_engine
+from mlkd_dist.engine import World, frozen_config, frozen_engine, gathered
 from mlkd_dist.model import cut_layers, load_model, read_config
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Needs, Trace, capture
@@ -30,7 +31,7 @@ class Teacher:
             config = cut_layers(config, list(range(depth)))
         ds_config = frozen_config(settings.dtype, settings.zero_stage, settings.offload)
         self.model = load_model(
-            model_class if "logits" in needs.model else AutoModel,
+            model_class if needs.model & {"logits", "head"} else AutoModel,
             path,
             config=config,
             dtype=settings.dtype,
@@ -48,7 +49,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Trace:
-        return capture(self.run, self.model, batch.inputs, self.needs, batch.labels)
+        trace = capture(self.run, self.model, batch.inputs, self.needs, batch.labels)
+        if trace.head is not None:
+            trace.head = replace(trace.head, gather=gathered)
+        return trace
 
     def close(self) -> None:
         """Free the weights."""

@@ -12,21 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    eager_mask,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mlkd_dist.head import Head, head_of, watched_head
 from mlkd_dist.linears import Applied, layer_matrices, matrices, matrix_sizes, part
 from mlkd_dist.roles import NAMES
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
 # result before ("context") and after ("attention_output") the output projection, the layer's
 # output, and one vector per sample taken from that. Of the whole model: the input of the first
-# layer, one vector per sample of the last hidden state, and the logits. Of a layer's matrices: see
-# roles.py.
+# layer, one vector per sample of the last hidden state, and the logits; or, where these are many,
+# what enters the output head. Of a layer's matrices: see roles.py.
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
 VECTOR_READS = ("cls", "mean", "last")
 LAYER_READS = (*ATTENTION_READS, "hidden", *VECTOR_READS)
-MODEL_READS = ("embedding", *VECTOR_READS, "logits")
+MODEL_READS = ("embedding", *VECTOR_READS, "logits", "head")
 
 TAP = "mlkd_tap_"
 
@@ -85,6 +92,8 @@ class Trace:
     layers: dict[int, Layer] = field(default_factory=dict)  # counted from 0, as in Hugging Face
     vectors: dict[str, Tensor] = field(default_factory=dict)  # [B, D] each, by name of VECTOR_READS
     logits: Tensor | None = None  # [B, C], [B, L, V], or of spans [B, 2, L], see logits_of
+    head: Head | None = None
+    head_input: Tensor | None = None  # [B, L, D] what the head makes the logits of
     labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
 
     def layer(self, index: int) -> Layer:
@@ -184,7 +193,7 @@ class Recorder:
     ) -> None:
         """query, key, value: [B, H, L, d]; context: [B, L, H, d]."""
         wanted = self.wanted()
-        if wanted & {"query", "key"}:
+        if wanted & set(ATTENTION_READS):
             self.trace.layer(self.index).scale = scale
             self.trace.layer(self.index).causal = causal
         heads_last = {"query": query, "key": key, "value": value}
@@ -212,6 +221,8 @@ class Recorder:
 # The recorder of the forward pass that is running. Empty in the backward pass, so that layers which
 # are computed again there (activation checkpointing) are not recorded twice.
 RECORDING: ContextVar[Recorder | None] = ContextVar("recording", default=None)
+# [B, L]: which document of its sequence a token belongs to; None where a sequence is one.
+DOCUMENTS: ContextVar[Tensor | None] = ContextVar("documents", default=None)
 
 
 def tapped(inner: str) -> Callable[..., Any]:
@@ -234,11 +245,23 @@ def tapped(inner: str) -> Callable[..., Any]:
     return attention
 
 
+def tapped_mask(inner: str) -> Callable[..., Any]:
+    """The mask function `inner` of transformers, without attention across documents. Not left to
+    transformers, which finds documents by their positions, but in some families only."""
+    function = eager_mask if inner == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[inner]
+
+    def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Any:
+        if (documents := DOCUMENTS.get()) is not None:
+            mask_function = and_masks(mask_function, packed_sequence_mask_function(documents))
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return function(mask_function=mask_function, **kwargs)
+
+    return mask
+
+
 for inner in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
     AttentionInterface.register(TAP + inner, tapped(inner))
-    AttentionMaskInterface.register(
-        TAP + inner, eager_mask if inner == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[inner]
-    )
+    AttentionMaskInterface.register(TAP + inner, tapped_mask(inner))
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -290,7 +313,9 @@ def recording(model: PreTrainedModel, needs: Needs, trace: Trace) -> Iterator[No
                 hook = partial(recorder.leave_matrix, name)
                 stack.callback(matrix.register_forward_hook(hook).remove)
         if needs.model & set(VECTOR_READS):
-            stack.callback(model.base_model.register_forward_hook(recorder.leave_base).remove)
+            # With a language model's head OPT goes around its base model to the decoder in it.
+            for base in {model.base_model, model.base_model.get_decoder()}:
+                stack.callback(base.register_forward_hook(recorder.leave_base).remove)
         token = RECORDING.set(recorder)
         stack.callback(RECORDING.reset, token)
         yield
@@ -318,9 +343,15 @@ def capture(
     # cache.
     taken = inspect.signature(model.forward).parameters
     given = {"use_cache": False, **inputs}
-    with recording(model, needs, trace):
+    with ExitStack() as stack:
+        watcher = stack.enter_context(watched_head(model)) if "head" in needs.model else None
+        stack.enter_context(recording(model, needs, trace))
+        stack.callback(DOCUMENTS.reset, DOCUMENTS.set(inputs.get("documents")))
         output = run(**{name: value for name, value in given.items() if name in taken})
+    if watcher is not None:
+        trace.head, trace.head_input = head_of(model, output), watcher.hidden
     if "logits" in needs.model:
+        assert watcher is None, "the head is watched and makes no logits"
         trace.logits = logits_of(output, trace.mask)
     missing = [
         f"{name} of layer {i}"

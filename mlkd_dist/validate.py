@@ -3,12 +3,12 @@ each other, the options of every loss, and what the models' config files say."""
 
 import math
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
-from mlkd_dist.config import Config, LowRankConfig, OpenConfig, StageConfig, UserError, nearest
+from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
+from mlkd_dist.openings import check_open
 from mlkd_dist.roles import ROLES
 from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
@@ -22,7 +22,9 @@ TASK_OPTIONS = {
     "stride": "question_answering",
     "mask_probability": "masked_lm",
 }
-ONE_TEXT = ["embedding", "masked_lm"]
+ONE_TEXT = ["embedding", "masked_lm", "causal_lm"]
+# Tasks with a row of logits per token.
+VOCABULARY = ["masked_lm", "causal_lm"]
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
     "train_batch_size": "batch",
@@ -62,6 +64,7 @@ def validate(config: Config) -> None:
                 f"kernels: triton, but stages[{index}].losses.attention_mse has no Triton kernel; "
                 f"use auto, which takes the fastest there is for each loss."
             )
+    check_pack(config)
     check_models(config)
 
 
@@ -95,6 +98,7 @@ def check_values(config: Config) -> None:
     )
     one_of("optim.schedule", config.optim.schedule, ["linear", "cosine", "constant"])
     one_of("kernels", config.kernels, ["auto", "triton", "streamed", "eager"])
+    one_of("run.resume", config.run.resume, ["auto", "changed", "never"])
     for key, value, low in (
         ("launch.processes", config.launch.processes, 1),
         ("batch.micro_batch", config.batch.micro_batch, 1),
@@ -104,6 +108,8 @@ def check_values(config: Config) -> None:
         ("bench.steps", config.bench.steps, 1),
         ("log_every", config.log_every, 1),
         ("run.seed", config.run.seed, 0),
+        ("run.keep_checkpoints", config.run.keep_checkpoints, 1),
+        ("run.max_skipped", config.run.max_skipped, 1),
         ("optim.lr", config.optim.lr, 0),
         ("optim.warmup", config.optim.warmup, 0),
         ("optim.weight_decay", config.optim.weight_decay, 0),
@@ -112,6 +118,9 @@ def check_values(config: Config) -> None:
         ("data.workers", config.data.workers, 0),
     ):
         at_least(key, value, low)
+    for key in ("checkpoint_every", "checkpoint_minutes", "time_limit"):
+        if (value := getattr(config.run, key)) is not None:
+            above(f"run.{key}", value, 0)
     share("data.validation_fraction", config.data.validation_fraction)
     above("optim.eps", config.optim.eps, 0)
     betas = config.optim.betas
@@ -120,8 +129,6 @@ def check_values(config: Config) -> None:
             f"optim.betas: {betas} is not allowed; give two numbers from 0 to below 1, as in "
             f"[0.9, 0.999]."
         )
-    if config.data.pack:
-        raise UserError("data.pack: true is not available for these tasks; use false.")
 
 
 def check_deepspeed(extra: dict[str, Any]) -> None:
@@ -189,6 +196,7 @@ def check_task(config: Config) -> None:
         raise UserError(
             f"data.text_pair: the task {config.task.kind} reads one text per row; remove it."
         )
+    check_text(config)
     if config.data.text_pair is None and config.task.kind == "question_answering":
         raise UserError(
             "data.text_pair: question_answering reads questions from data.text and passages from "
@@ -210,6 +218,53 @@ def check_task(config: Config) -> None:
             )
         check_length("teacher.finetune", finetune)
         at_least("teacher.finetune.lr", finetune.lr, 0)
+
+
+def check_text(config: Config) -> None:
+    """What causal_lm learns from: documents, completions of prompts, or chats."""
+    data = config.data
+    for name in ("prompt", "completion", "messages"):
+        if getattr(data, name) is not None and config.task.kind != "causal_lm":
+            raise UserError(
+                f"data.{name}: only for task.kind causal_lm, given with {config.task.kind}; remove "
+                f"it."
+            )
+    if (data.prompt is None) != (data.completion is None) or (
+        data.prompt is not None and data.prompt == data.completion
+    ):
+        raise UserError(
+            f"data.prompt, data.completion: {data.prompt!r} and {data.completion!r} are given; "
+            f"name two columns, or neither."
+        )
+    if data.messages is not None and data.prompt is not None:
+        raise UserError(
+            "data.messages: given beside data.prompt; use one of them: chats, or prompts with "
+            "completions."
+        )
+
+
+def check_pack(config: Config) -> None:
+    if not config.data.pack:
+        return
+    if config.task.kind != "causal_lm":
+        raise UserError(
+            f"data.pack: true is only for task.kind causal_lm, given with {config.task.kind}; use "
+            f"false."
+        )
+    for who, model in (("teacher", config.teacher), ("student", config.student)):
+        if model.attention.startswith("flash"):
+            raise UserError(
+                f"{who}.attention: {model.attention} cannot keep the documents of a packed "
+                f"sequence apart; use sdpa, or data.pack=false."
+            )
+    for index, stage in enumerate(config.stages):
+        for name in stage.losses:
+            if not loss_schema(name).packed:
+                raise UserError(
+                    f"stages[{index}].losses.{name}: this loss compares tokens or samples with one "
+                    f"another and would mix the documents of a packed sequence; use "
+                    f"data.pack=false, or losses such as soft_labels and hidden_mse."
+                )
 
 
 def check_length(key: str, given: Any) -> None:
@@ -253,43 +308,13 @@ def check_stage(where: str, stage: StageConfig, task: str) -> None:
             raise UserError(
                 f"{key}.label_smoothing: the task {task} has no classes to smooth over; remove it."
             )
-    if stage.open is not None:
-        check_open(where, stage.open, list(stage.losses))
-
-
-def check_open(where: str, rule: OpenConfig, losses: list[str]) -> None:
-    """Fills in the defaults, too."""
-    one_of(f"{where}.open.rule", rule.rule, ["all", "pid", "sid"])
-    if rule.rule == "all":
-        given = [
-            f.name for f in fields(rule) if f.name != "rule" and getattr(rule, f.name) is not None
-        ]
-        if given:
+        if options.get("truncate") and task not in VOCABULARY:
             raise UserError(
-                f"{where}.open.{given[0]}: only for the rules pid and sid; set {where}.open.rule, "
-                f"or remove it."
+                f"{key}.truncate: only for tasks over a vocabulary ({', '.join(VOCABULARY)}), "
+                f"given with {task}; remove it."
             )
-        return
-    scopes = {loss_schema(name).in_pairs for name in losses}
-    if scopes != {True, False}:
-        lacking = "without layers, such as soft_labels" if True in scopes else "of layers"
-        raise UserError(
-            f"{where}.open: {rule.rule} opens layer after layer, and then the losses without "
-            f"layers, but there is no loss {lacking}; add one, or remove open."
-        )
-    if rule.threshold is None:
-        rule.threshold = 0.05 if "cls_cosine" in losses else 0.0
-    if rule.threshold and "cls_cosine" not in losses:
-        raise UserError(
-            f"{where}.open.threshold: {rule.threshold} is compared with the loss cls_cosine, which "
-            f"this stage has not; add it, or set 0."
-        )
-    rule.keep_soft_labels = bool(rule.keep_soft_labels)
-    rule.check_every = 10 if rule.check_every is None else rule.check_every
-    at_least(f"{where}.open.threshold", rule.threshold, 0)
-    at_least(f"{where}.open.check_every", rule.check_every, 1)
-    if rule.classifier is not None:
-        share(f"{where}.open.classifier", rule.classifier)
+    if stage.open is not None:
+        check_open(where, stage.open, stage.losses)
 
 
 def check_low_rank(given: LowRankConfig) -> None:

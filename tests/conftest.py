@@ -71,13 +71,15 @@ def write_model(
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One BERT per task."""
+    """One BERT per task, and a Llama with grouped keys and tied embeddings."""
     from transformers import (
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForMaskedLM,
         AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
         BertConfig,
+        LlamaConfig,
     )
 
     folder = tmp_path_factory.mktemp("teachers")
@@ -89,12 +91,15 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "masked_lm": AutoModelForMaskedLM,
     }
     outputs = {"regression": 1, "question_answering": 2}
-    return {
+    models = {
         task: write_model(
             folder / task, BertConfig(**BERT, num_labels=outputs.get(task, 3)), model_class
         )
         for task, model_class in classes.items()
     }
+    llama = LlamaConfig(**BERT, num_key_value_heads=2, tie_word_embeddings=True)
+    models["causal_lm"] = write_model(folder / "causal_lm", llama, AutoModelForCausalLM)
+    return models
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +133,11 @@ LOSSES = {
     "sample_contrast": {"of": "mean"},
 }
 LOGIT_LOSSES = {"soft_labels": {"temperature": 2.0}, "hard_labels": {}}
+# The embeddings of a Llama pass no norm and are small.
+DECODER_LOSSES = {
+    "embedding_relation": {"student_scale": 20.0, "teacher_scale": 20.0},
+    "soft_labels": {"kind": "jsd", "temperature": 2.0},
+}
 
 
 def run_config(
@@ -135,6 +145,7 @@ def run_config(
 ) -> dict:
     """A run of five steps with every loss on, on the CPU, in fp32 without dropout."""
     losses = LOSSES | ({} if task == "embedding" else LOGIT_LOSSES)
+    losses |= DECODER_LOSSES if task == "causal_lm" else {}
     base: dict[str, Any] = {
         "run": {"dir": str(folder / "run")},
         "teacher": {"path": str(teacher), "dtype": "fp32", "zero_stage": 0},
@@ -160,8 +171,7 @@ def run_config(
 
 
 def launch(configs: list[dict], folder: Path, world: int = 1) -> None:
-    """Run the configs one after the other in `world` processes; the output is shown where one
-    fails."""
+    """Run the configs one after the other in `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, config in enumerate(configs):

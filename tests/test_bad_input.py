@@ -41,6 +41,9 @@ ROWS = {
     "label outside": [*GOOD, {"text": "w1", "label": 3}],
     "label a name": [{"text": "w1", "label": "good"}, {"text": "w2", "label": "bad"}],
     "label a fraction": [{"text": "w1", "label": 0.5}, {"text": "w2", "label": 0.5}],
+    "an empty completion": [{"text": "w1", "answer": "w2"}, {"text": "w3", "answer": " "}],
+    "a prompt of the whole window": [{"text": "w1 " * 50, "answer": f"w{i}"} for i in range(3)],
+    "no chat template": [{"chat": [{"role": "assistant", "content": f"w{i}"}]} for i in range(3)],
 }
 
 # Case -> pieces that its sentence must hold.
@@ -52,6 +55,11 @@ SAID = {
     "label outside": ["data.train", "row 9", "label 3", "3 classes", "0 to 2"],
     "label a name": ["'label'", "'good'", "labels are 0, 1, 2", "data.label"],
     "label a fraction": ["'label'", "0.5", "labels are 0, 1, 2"],
+    "an empty completion": ["'answer'", "prompt 'w3' is empty", "remove the row"],
+    "a prompt of the whole window": ["'text'", "has 51 tokens", "data.max_length is 48", "raise"],
+    "no chat template": ["data.messages", "no chat template", "data.prompt and data.completion"],
+    "an encoder as decoder": ["BertLMHeadModel", "tokens that come later", "use a decoder"],
+    "more tokens than entries": ["40 entries", "45 tokens", "resized"],
     "no such file": ["absent.jsonl", "no such file"],
     "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
     "broken weights": ["cut short", "cannot be loaded"],
@@ -95,6 +103,7 @@ SAID = {
 def write_models(folder: Path) -> dict[str, Path]:
     from transformers import (
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForMaskedLM,
         AutoModelForSequenceClassification,
         BertConfig,
@@ -107,9 +116,8 @@ def write_models(folder: Path) -> dict[str, Path]:
     two = BertConfig(**BERT, num_labels=2)
     slim = BertConfig(**BERT | {"intermediate_size": 32}, num_labels=3)
     convbert = ConvBertConfig(**BERT, embedding_size=48)
-    gpt2 = GPT2Config(
-        vocab_size=64, n_embd=48, n_layer=4, n_head=4, n_positions=64, num_labels=3, pad_token_id=0
-    )
+    gpt = dict(n_embd=48, n_layer=4, n_head=4, n_positions=64, num_labels=3, pad_token_id=0)
+    gpt2, narrow = (GPT2Config(vocab_size=size, **gpt) for size in (64, 40))
     classifier = AutoModelForSequenceClassification
     mistral = MistralConfig(**BERT, num_key_value_heads=2, sliding_window=16)
     made = {
@@ -121,6 +129,8 @@ def write_models(folder: Path) -> dict[str, Path]:
         "convbert": write_model(folder / "convbert", convbert, AutoModel),
         "mistral": write_model(folder / "mistral", mistral, AutoModel),
         "gpt2": write_model(folder / "gpt2", gpt2, classifier),
+        "decoder": write_model(folder / "decoder", gpt2, AutoModelForCausalLM),
+        "narrow": write_model(folder / "narrow", narrow, AutoModelForCausalLM),
         "maskless": write_model(folder / "maskless", bert, AutoModelForMaskedLM),
     }
     settings = made["maskless"] / "tokenizer_config.json"
@@ -157,6 +167,9 @@ def all_configs(base: Path) -> dict[str, dict]:
         found = run_config(folder, models[teacher], data | rows, task, **more)
         if task == "masked_lm":
             found["stages"][0]["losses"] = {"hidden_mse": {}}
+        if task == "causal_lm":
+            found["stages"][0]["losses"] = {"hard_labels": {}, "soft_labels": {}}
+            found["student"]["from_teacher"] = {"layers": 2}
         earlier_run(folder / "run")
         found["run"]["overwrite"] = True
         return found
@@ -164,8 +177,16 @@ def all_configs(base: Path) -> dict[str, dict]:
     def student(name: str) -> dict:
         return {"path": str(models[name]), "zero_stage": 0}
 
-    configs = {case: config(case) for case in ROWS}
+    answers = {"data__prompt": "text", "data__completion": "answer"}
+    columns = dict.fromkeys(("an empty completion", "a prompt of the whole window"), answers)
+    columns["no chat template"] = {"data__messages": "chat"}
+    configs = {case: config(case) for case in ROWS if case not in columns}
     configs |= {
+        case: config(case, "decoder", "causal_lm", **given) for case, given in columns.items()
+    }
+    configs |= {
+        "an encoder as decoder": config("an encoder as decoder", "maskless", "causal_lm"),
+        "more tokens than entries": config("more tokens than entries", "narrow", "causal_lm"),
         "other tokenizer": config("other tokenizer", student=student("words")),
         "no such file": config("no such file", data__train=str(base / "absent.jsonl")),
         "no head": config("no head", teacher="base"),

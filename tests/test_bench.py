@@ -37,7 +37,11 @@ def measured(
     headless = run_config(base, teachers["embedding"], data)
     headless["teacher"]["finetune"] = {"steps": 1}
     headless["stages"] = [{"name": "labels", "steps": 5, "losses": {"hard_labels": {}}}]
+    # Over a vocabulary, whose logits no loss makes whole.
+    masked = run_config(base, teachers["masked_lm"], data, task="masked_lm")
+    masked["stages"][0]["losses"] = {"soft_labels": {}, "hidden_mse": {}}
     configs = {"embedding": embedding, "labelled": labelled, "headless": headless}
+    configs["masked"] = masked
     for name, config in configs.items():
         config["run"]["dir"] = str(base / name)
         config["bench"] = {"rounds": 1, "steps": 1}
@@ -59,7 +63,7 @@ def measured(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["embedding", "labelled", "headless"])
+@pytest.mark.parametrize("name", ["embedding", "labelled", "headless", "masked"])
 def test_what_is_told(measured: dict, name: str) -> None:
     found, config = measured[name], measured["configs"][name]
     assert found["processes"] == 2
@@ -122,12 +126,12 @@ def test_time_within_a_step_is_seen(
     now = [0.0]
     real, step = objective.load, distill.train_step
 
-    def load(name: str) -> Callable:
+    def load(name: str, *which: object) -> Callable:
         def slow(*args: object, **kwargs: object) -> object:
             now[0] += 0.25
-            return real(name)(*args, **kwargs)
+            return real(name, *which)(*args, **kwargs)
 
-        return slow if name == "hidden_mse" else real(name)
+        return slow if name == "hidden_mse" else real(name, *which)
 
     def counted(*args: object, **kwargs: object) -> None:
         now[0] += 1
@@ -174,10 +178,11 @@ def test_the_floor_is_a_loss_of_its_own(teachers: dict, labelled: bool) -> None:
     alone = bench.Floor(stage, [], labelled)
     loss, shares = alone(trace, None, batch, rows, torch.nn.ModuleDict(), None, 0)
     torch.testing.assert_close(loss, wanted)
-    assert shares.shape == (0,)
+    assert shares.tolist() == ([entropy.item()] if labelled else [])
     with_term = bench.Floor(stage, stage.terms, labelled)
     loss, shares = with_term(trace, None, batch, rows, torch.nn.ModuleDict(), None, 0)
-    torch.testing.assert_close(loss, wanted + 2 * entropy)
+    # Hard labels are not trained on twice.
+    torch.testing.assert_close(loss, 2 * entropy + (0 if labelled else wanted))
     # Of the student alone: the teacher shows no more than the terms ask for.
     assert alone.needs(1) == Needs()
     assert alone.needs(0).depth() is None if labelled else alone.needs(0).depth() == 2

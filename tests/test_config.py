@@ -31,6 +31,8 @@ MODELS = {
     "small": BERT | {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3},
     "deep": BERT | {"num_hidden_layers": 6},
     "unnamed": {"hidden_size": 48},
+    "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 4, "n_head": 4, "vocab_size": 50257},
+    "wide": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 50304},
     "grouped": BERT | {"model_type": "llama", "num_key_value_heads": 2},
 }
 
@@ -70,6 +72,10 @@ def good(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 EMBEDDING = "task.kind=embedding"
+PACKED = (
+    "task.kind=causal_lm data.pack=true teacher.path={gpt2} student={from_teacher: {layers: 2}} "
+    "stages=[{steps: 1, losses: {soft_labels: {}, hidden_mse: {}}}]"
+)
 OF_NOTHING = "stages[0].losses.attention_relation.of="
 RELATION = "stages[0].losses.attention_relation"
 
@@ -110,6 +116,12 @@ REFUSED: dict[str, list[str]] = {
     "optim.lr=fast": ["optim.lr: 'fast'", "give a number"],
     "optim.lr=true": ["optim.lr: True", "give a number"],
     "run.overwrite=7": ["run.overwrite: 7", "give true or false"],
+    "run.resume=maybe": ["run.resume: 'maybe'", "auto, changed, never"],
+    "run.checkpoint_every=0": ["run.checkpoint_every: 0", "more than 0"],
+    "run.checkpoint_minutes=-1": ["run.checkpoint_minutes: -1", "more than 0"],
+    "run.keep_checkpoints=0": ["run.keep_checkpoints: 0", "1 or more"],
+    "run.time_limit=0": ["run.time_limit: 0", "more than 0"],
+    "run.max_skipped=0": ["run.max_skipped: 0", "1 or more"],
     "run.dir=[a]": ["run.dir: ['a']", "give text"],
     "optim=3": ["optim: 3", "keys and values of: lr, warmup"],
     "stages=3": ["stages: 3", "give a list"],
@@ -185,7 +197,10 @@ REFUSED: dict[str, list[str]] = {
     "stages[0].open={rule: pid, check_every: 0}": ["open.check_every: 0", "1 or more"],
     "stages[0].open={rule: pid} stages[0].losses={cls_cosine: {}}": [
         "stages[0].open",
-        "no loss without layers, such as soft_labels",
+        "no loss on top of all layers, such as soft_labels",
+    ],
+    "stages[0].open={rule: sid} stages[0].losses={hidden_mse: {}, embedding_mse: {}}": [
+        "no loss on top of all layers",
     ],
     "stages[0].open={rule: pid} stages[0].losses={soft_labels: {}}": ["no loss of layers"],
     "stages[0].open={rule: sid, threshold: -1} stages[0].losses.cls_cosine={}": [
@@ -258,6 +273,12 @@ REFUSED: dict[str, list[str]] = {
     "stages[0].losses={module_mse: {}} student={path: {small}}": ["module_mse", "36", "48"],
     "stages[0].losses={module_mse: {of: [ffn]}}": ["module_mse.of: 'ffn'", "query, key, value"],
     "stages[0].losses={module_mse: {input: student}}": ["input: 'student'", "own, teacher"],
+    "stages[0].open.rule=pid stages[0].losses={module_mse: {input: teacher}, soft_labels: {}}": [
+        "stages[0].open.rule: pid",
+        "module_mse with input: teacher",
+        "use sid, or input: own",
+    ],
+    "stages[0].open.rule=sid stages[0].losses={module_mse: {input: teacher}, soft_labels: {}}": [],
     "stages[0].losses={module_mse: {project: always}}": ["module_mse.project: no such option"],
     "stages[0].losses={module_mse: {layers: [[0,4]]}}": ["module_mse.layers: pair [0, 4]"],
     "student={path: {deep}}": ["stages[0].layers: uniform", "6", "4", "[[student, teacher], ...]"],
@@ -288,6 +309,34 @@ REFUSED: dict[str, list[str]] = {
         "no labels",
         "remove it",
     ],
+    # Decoders
+    "data.prompt=q": ["data.prompt", "only for task.kind causal_lm", "classification"],
+    "data.messages=m": ["data.messages", "only for task.kind causal_lm", "remove it"],
+    "task.kind=causal_lm data.prompt=q": ["data.prompt, data.completion", "None", "two columns"],
+    "task.kind=causal_lm data.prompt=q data.completion=q": ["'q' and 'q'", "two columns"],
+    "task.kind=causal_lm data.prompt=q data.completion=a data.messages=m": [
+        "data.messages",
+        "beside data.prompt",
+        "use one of them",
+    ],
+    "task.kind=causal_lm data.text_pair=b": ["data.text_pair", "one text per row"],
+    "task.kind=causal_lm data.pack=true": [
+        "stages[0].losses.attention_relation",
+        "mix the documents",
+        "data.pack=false",
+        "soft_labels",
+    ],
+    f"{PACKED} student.attention=flash_attention_2": ["student.attention", "apart", "use sdpa"],
+    f"{PACKED} stages[0].losses.sample_relation={{}}": ["losses.sample_relation", "mix"],
+    "stages[0].losses.soft_labels.kind=kl": ["soft_labels.kind: 'kl'", "forward_kl, reverse_kl"],
+    "stages[0].losses.soft_labels.beta=0.5": ["beta: 0.5", "kind forward_kl", "use jsd"],
+    "stages[0].losses.soft_labels={kind: jsd, beta: 1}": ["soft_labels.beta: 1", "0 and 1"],
+    "stages[0].losses.soft_labels.truncate=true": ["truncate", "causal_lm", "classification"],
+    f"{PACKED} student={{path: {{wide}}}}": [
+        "losses.soft_labels: the student's vocabulary has 50304 entries and the teacher's 50257",
+        "soft_labels.truncate=true",
+    ],
+    f"{PACKED} student={{path: {{wide}}}} stages[0].losses.soft_labels.truncate=true": [],
     # Values
     "stages[0].losses.soft_labels.temperature=0": ["soft_labels.temperature: 0", "more than 0"],
     "stages[0].losses.soft_labels.weight=-1": ["soft_labels.weight: -1", "0 or more"],

@@ -151,6 +151,15 @@ def test_attention_relation_reads_context_by_default() -> None:
     )
 
 
+def test_attention_relation_looks_back_where_the_student_does() -> None:
+    student, teacher = layer(STUDENT_WIDTH, 0), layer(TEACHER_WIDTH, 10)
+    student.causal = True
+    expected = attention_definition(student, teacher, ["context"], HEADS, True)
+    same(losses.load("attention_relation")(student, teacher), expected)
+    both_ways = losses.load("attention_relation")(student, teacher, causal=False)
+    same(both_ways, attention_definition(student, teacher, ["context"], HEADS, False))
+
+
 def test_hidden_mse_is_its_definition() -> None:
     student, teacher = layer(STUDENT_WIDTH, 0), layer(TEACHER_WIDTH, 10)
     projection = torch.nn.Linear(STUDENT_WIDTH, TEACHER_WIDTH, dtype=torch.float64)
@@ -464,7 +473,8 @@ CHANGES = {
     # `of` says which vector the caller takes, so it cannot change what is done with it.
     "sample_relation": {"temperature": 2.0, "normalize": True, "diagonal": False},
     "sample_contrast": {"temperature": 2.0, "positives": "sample", "normalize": False},
-    "soft_labels": {"temperature": 2.0, "squared_temperature": True},
+    # Models of unequal vocabularies to be truncated are in test_head.py.
+    "soft_labels": {"temperature": 2.0, "squared_temperature": True, "kind": "tvd", "beta": 0.3},
     "hard_labels": {"label_smoothing": 0.1},
 }
 
@@ -472,9 +482,9 @@ CHANGES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_changes_the_value(name: str) -> None:
     # T^2 shows only where the temperature is not 1.
-    base = {"temperature": 3.0} if name == "soft_labels" else {}
+    base = {"temperature": 3.0, "kind": "jsd"} if name == "soft_labels" else {}
     plain = rows_of(name, *sides(name), **base).sum().item()
-    given = {option for option in options_of(name) if option not in ("backend", "of")}
+    given = {option for option in options_of(name) if option not in ("backend", "of", "truncate")}
     assert given == set(CHANGES[name]) - {"of"}
     for option, value in CHANGES[name].items():
         changed = rows_of(name, *sides(name), **{**base, option: value}).sum().item()
@@ -566,7 +576,7 @@ def test_every_file_is_a_loss() -> None:
 def test_a_loss_can_be_read_without_importing_it(name: str) -> None:
     found = constants(name)
     required = {"ROWS", "SCOPE", "READS", "TEACHER", "PROJECTION"}
-    assert required <= set(found) <= required | {"SAME_HEADS"}
+    assert required <= set(found) <= required | {"SAME_HEADS", "PACKED"}
     assert found["ROWS"] in ("token", "sample", "label")
     assert found["SCOPE"] in ("trace", "layer", "module", "batch")
     known = {
@@ -582,6 +592,13 @@ def test_a_loss_can_be_read_without_importing_it(name: str) -> None:
         assert re.fullmatch(simple, annotation), annotation
     parameters = list(inspect.signature(losses.load(name)).parameters)
     assert parameters[0] == "student" and ("teacher" in parameters) == found["TEACHER"]
+    if found["ROWS"] == "label":
+        over = inspect.signature(losses.load(name, "over_vocabulary")).parameters.values()
+        options = {p.name: p.default for p in over if p.kind == p.KEYWORD_ONLY}
+        plain = inspect.signature(losses.load(name)).parameters
+        assert {**options, "backend": 0} == {n: plain[n].default for n in options_of(name)} | {
+            "backend": 0
+        }
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
@@ -589,6 +606,6 @@ def test_a_loss_imports_traces_and_kernels_only(name: str) -> None:
     for node in ast.walk(source(name)):
         if isinstance(node, ast.ImportFrom | ast.Import):
             module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            allowed = ("torch", "mlkd_dist.trace", "mlkd_dist.losses._", "mlkd_kernels", "typing")
-            allowed += ("collections",)
+            ours = ("mlkd_dist.trace", "mlkd_dist.head", "mlkd_dist.losses._", "mlkd_kernels")
+            allowed = ("torch", "typing", "collections", "math", *ours)
             assert module.startswith(allowed), module

@@ -208,6 +208,11 @@ def test_closed_layers_are_neither_kept_nor_computed(
     )
 
 
+def test_matrices_of_closed_layers_are_not_kept() -> None:
+    objective, _ = opened({"module_mse": {"input": "teacher"}, "soft_labels": {}}, "pid", 1)
+    assert [sorted(objective.needs(side).matrices) for side in (0, 1)] == [[1], [1]]
+
+
 def test_a_projection_that_no_open_term_uses_gets_a_gradient_of_zero() -> None:
     """None at all would leave ZeRO-3 with that of an earlier step."""
     objective, projections = opened(STACK, "pid", 1)

@@ -9,6 +9,15 @@ from conftest import launch, logged, run_config
 # (processes, micro_batch, grad_accum), all with a global batch of 4. With two processes the last
 # batch of the 17 rows leaves the second one without a row that counts.
 LAYOUTS = [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2)]
+# One run of a decoder for each way in which a head's weights may lie.
+DECODER_RUNS = [
+    (1, 4, 1, 0, 0),
+    (1, 2, 2, 3, 3),
+    (2, 2, 1, 1, 3),
+    (2, 2, 1, 3, 3),
+    (2, 1, 2, 2, 0),
+    (2, 1, 2, 3, 0),
+]
 STAGES = [(student, teacher) for student in (0, 1, 2, 3) for teacher in (0, 3)]
 # Module by module: a factorised student, in its own forward pass and on the teacher's inputs.
 MODULES = [
@@ -25,19 +34,24 @@ MODULES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["classification", "masked_lm", "embedding", "modules"])
+KINDS = ["classification", "masked_lm", "embedding", "modules", "causal_lm"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def losses_of_all(request, tmp_path_factory, teachers, data) -> dict[tuple, list[dict]]:
     """The logged steps of every layout; every pair of ZeRO stages for one task, the extremes for
     the others."""
     kind, found = request.param, {}
     task = "classification" if kind == "modules" else kind
-    stages = STAGES if kind == "classification" else [(0, 0), (3, 3)]
+    stages = STAGES if kind in ("classification", "causal_lm") else [(0, 0), (3, 3)]
     base: Path = tmp_path_factory.mktemp(kind)
     for processes in (1, 2):
         configs = {}
         for layout in LAYOUTS:
             for stage in stages:
                 if layout[0] != processes or (processes == 1 and stage[0] in (1, 2)):
+                    continue
+                if task == "causal_lm" and (*layout, *stage) not in DECODER_RUNS:
                     continue
                 # Other stages than these are compared in test_runs.py.
                 if kind == "modules" and stage != (3 * (processes - 1),) * 2:
@@ -50,6 +64,9 @@ def losses_of_all(request, tmp_path_factory, teachers, data) -> dict[tuple, list
                     config["student"] = {"low_rank": {"keep": 0.6}, "dropout": False}
                 config["batch"] |= {"micro_batch": layout[1], "grad_accum": layout[2]}
                 config["student"]["zero_stage"], config["teacher"]["zero_stage"] = stage
+                # Small weights would stay whole between uses, as those of real models do not.
+                zero = {"stage3_param_persistence_threshold": 0} if stage[0] == 3 else {}
+                config["deepspeed"] = {"zero_optimization": zero}
                 configs[(*layout, *stage)] = config
         launch(list(configs.values()), base / f"world{processes}", processes)
         found |= {key: logged(config) for key, config in configs.items()}

@@ -18,6 +18,7 @@ from mlkd_dist.footprint import GIB
 from mlkd_dist.model import load_model, read_config
 from mlkd_dist.student import make_student
 from mlkd_dist.trace import capture
+from mlkd_kernels.streamed import linear_divergence
 
 LLAMA = {
     "model_type": "llama",
@@ -166,6 +167,20 @@ def test_activations_are_what_autograd_keeps(attention: str, teachers: dict) -> 
     assert sum(kept.values()) == pytest.approx(counted, rel=0.25)
 
 
+def test_a_head_is_taken_in_the_chunks_of_its_kernel() -> None:
+    assert (footprint.HEAD_BYTES, footprint.MIN_TOKENS) == (
+        linear_divergence.CUDA_BYTES,
+        linear_divergence.MIN_CUDA_TOKENS,
+    )
+    size = footprint.Size(0, 0, 1, 100, 0, 0, 0, 0, False, outputs=128_000)
+    few = footprint.logits(size, 1, 8, 2, True)
+    assert few == 8 * 128_000 * 10 + 4 * (8 + 128_000) * 100
+    # Twice the tokens are one more gradient of the head's input, and no logits.
+    two, four = (footprint.logits(size, n, 2**16, 2, True) for n in (2, 4))
+    assert four - two == 4 * 2 * 2**16 * 100
+    assert footprint.logits(size, 1, 8, 2, False) == 8 * 128_000 * 2
+
+
 @pytest.fixture
 def large(tmp_path: Path) -> str:
     """Folders with nothing but config.json."""
@@ -232,6 +247,22 @@ def test_the_largest_micro_batch_is_the_last_that_fits(large: str) -> None:
     # More processes make room.
     more, _ = plan.cluster_of(["nodes=64"])
     assert plan.largest_micro_batch(config, models, more, choice) >= most
+
+
+def test_a_language_model_is_planned_with_its_head(large: str) -> None:
+    given = yaml.safe_load(Path(large).read_text())
+    given["task"] = {"kind": "causal_lm"}
+    given["stages"] = [{"steps": 10, "losses": {"soft_labels": {}}}]
+    config = configs.from_mapping(given)
+    models = plan.models_of(config)
+    assert models.teacher.parameters == 70_553_706_496
+    assert models.student.parameters == 8_030_261_248
+    assert models.student.outputs == 128256 and models.reads_head
+    cluster, _ = plan.cluster_of(["nodes=32"])
+    found = plan.estimate(config, models, cluster, plan.Choice(3, 3, False, True), 4)
+    # What enters the teacher's head.
+    assert found.traces == 4 * 4096 * 8192 * 2
+    assert found.logits == footprint.logits(models.student, 4, 4096, 2, True)
 
 
 def test_what_does_not_fit_is_said(large: str, tmp_path: Path) -> None:

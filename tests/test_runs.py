@@ -9,6 +9,7 @@ import torch
 from conftest import WORDS, launch, logged, run_config, write_model
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -76,6 +77,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
     configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
     configs["workers"] = config("workers", data__workers=1)
+    configs["packed"] = config("packed", "causal_lm", data__pack=True, student__zero_stage=3)
+    packed = {"soft_labels": {"kind": "skew_reverse_kl"}, "hard_labels": {}, "hidden_mse": {}}
+    configs["packed"]["stages"][0]["losses"] = packed
+    configs["packed"]["teacher"]["zero_stage"] = 3
     configs["pairs"] = config("pairs", data__text_pair="other")
     configs["regression"] = config("regression", "regression", data__text_pair="other")
     configs["regression"]["data"]["label"] = "score"
@@ -307,6 +312,7 @@ def test_a_logged_row_is_complete(runs: dict) -> None:
         "teacher_share",
         "peak_gib",
         "backend",
+        "skipped_steps",
     }
     assert set(row) == losses | rest and row["backend"] == choose("auto")
     assert 0 < row["teacher_share"] < 1 and row["rows_per_s"] > 0 and row["peak_gib"] > 0
@@ -356,6 +362,31 @@ def plain_kl(config: dict, student: Path) -> float:
         p, q = (model(**inputs).logits.log_softmax(-1) for model in models)
         total += (p.exp() * (p - q)).sum().item()
     return total / len(rows)
+
+
+def test_a_packed_decoder_learns_and_reports_its_perplexity(runs: dict) -> None:
+    rows = logged(runs["packed"])
+    assert rows[4]["loss/total"] < 0.9 * rows[0]["loss/total"]
+    report = json.loads((folder(runs["packed"]) / "report.json").read_text())
+    for name, path in (("student_before", "student"), ("student", "export")):
+        truth = plain_perplexity(runs["packed"], folder(runs["packed"]) / path)
+        assert report[name]["quality"]["perplexity"] == pytest.approx(truth, rel=1e-3)
+    assert 0 < report["student"]["agreement"]["same_token"] < 1
+
+
+def plain_perplexity(config: dict, path: Path) -> float:
+    """Of the held-out texts, one by one, without any of our code."""
+    lines = Path(config["data"]["validation"]).read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    losses = []
+    for line in lines:
+        # The end of a text is no token here, since the tokenizer names none.
+        ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:-1]])
+        with torch.no_grad():
+            log_q = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        losses.append(-log_q.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1))
+    return torch.cat(losses).mean().exp().item()
 
 
 def test_every_zero_stage_reports_the_same_model(runs: dict) -> None:

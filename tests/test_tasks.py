@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig
+from mlkd_dist.head import Head
 from mlkd_dist.trace import Trace
 
 
@@ -172,7 +173,11 @@ def test_masked_lm_labels_are_the_hidden_tokens(tokenizer: PreTrainedTokenizerBa
 
 def test_masked_lm_measures() -> None:
     task = task_of("masked_lm")
+    # What enters the head, a head that passes it on, and what is said of the three tokens.
     logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [1 / 3, 1 / 3, 1 / 3]]]))
+    head = torch.nn.Linear(3, 3).requires_grad_(False)
+    torch.nn.init.eye_(head.weight)
+    torch.nn.init.zeros_(head.bias)
     labels = torch.tensor([[0, 1, -100]])
     batch = tasks.Batch(
         {"attention_mask": torch.ones(1, 3, dtype=torch.long)},
@@ -180,7 +185,7 @@ def test_masked_lm_measures() -> None:
         labels,
         labels != -100,
     )
-    trace = Trace(torch.ones(1, 3, dtype=torch.bool), 1, logits=logits)
+    trace = Trace(torch.ones(1, 3, dtype=torch.bool), 1, head=Head(head), head_input=logits)
     found = task.quality(task.outputs(trace, batch))
     assert found["masked_accuracy"] == 0.5
     assert found["perplexity"] == pytest.approx((0.7 * 0.1) ** -0.5, rel=1e-5)

@@ -203,6 +203,17 @@ def test_activation_checkpointing_keeps_gradients(family: str, read: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_know_whether_they_look_back_only(family: str) -> None:
+    model = model_of(family, f"mlkd_tap_{inner(family)}").eval()
+    layer = capture(model, model, text(), EVERYTHING, None).layers[1]
+    # What stands later changes what is seen of an earlier token, or does not.
+    later = text()
+    later["input_ids"][0, -1] = 60
+    other = capture(model, model, later, EVERYTHING, None).layers[1]
+    assert layer.causal == torch.allclose(layer.context[0, :-1], other.context[0, :-1], atol=1e-6)
+
+
 def test_only_what_is_needed_is_kept() -> None:
     model = model_of("Bert", "mlkd_tap_sdpa").eval()
     needs = Needs(frozenset({"mean"}), {2: frozenset({"key"})})

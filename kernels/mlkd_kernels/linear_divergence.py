@@ -114,7 +114,7 @@ def _eager(
     else:
         hidden = drop_masked(teacher_hidden.detach(), keep)
         teacher = _logits(hidden, teacher_weight.detach(), teacher_head)
-        rows = _divergence(kind, teacher, student, beta)
+        rows = divergence(kind, teacher, student, beta)
     weight = torch.ones_like(rows) if row_weight is None else row_weight
     return (rows * weight.to(rows.dtype)).sum()
 
@@ -159,9 +159,10 @@ def _keep(row_weight: Tensor | None, labels: Tensor | None) -> Tensor | None:  #
     return keep if labels is None else keep & (labels != -100)
 
 
-def _divergence(
+def divergence(
     kind: str, teacher: Tensor, student: Tensor, beta: float
-) -> Tensor:  # [N, V] twice -> [N]
+) -> Tensor:  # [..., V] twice -> [...]
+    """Of softmax(teacher) and softmax(student), by the kinds of `linear_divergence`."""
     if kind == "forward_kl":
         return row_kl(teacher, student)
     if kind == "reverse_kl":

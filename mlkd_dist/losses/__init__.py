@@ -14,6 +14,13 @@ arguments, with literal defaults, are its options:
     PROJECTION  True: the student's side may first pass a learned map to the teacher's width
     SAME_HEADS  True: it compares head with head, so both models must have as many; may be left out
 
+    PACKED      True, and else left out: its rows read no other token of their sequence, so that it
+                is right for several documents in one sequence (data.pack)
+
+A loss of labels may have a second function `over_vocabulary` with the same options, for tasks with
+a row of logits per token. These are never all made: it is called with the HeadRows of student and
+teacher, the weight and the label of every row, and returns the weighted sum of its rows.
+
 The constants and signatures are read without importing the file, so they are literals. `backend`,
 where a loss has it, is filled from the run's `kernels`.
 """
@@ -24,6 +31,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-def load(name: str) -> Callable[..., Tensor]:
-    """The function of the loss `name`."""
-    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+def load(name: str, function: str | None = None) -> Callable[..., Tensor]:
+    """The function of the loss `name`, or another one of its file."""
+    return getattr(importlib.import_module(f"{__name__}.{name}"), function or name)

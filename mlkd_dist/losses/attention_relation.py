@@ -19,7 +19,7 @@ def attention_relation(
     of: list[str] = ("context",),
     splits: int | None = None,
     temperature: float = 1.0,
-    causal: bool = False,
+    causal: bool | None = None,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
     backend: str = "auto",
@@ -30,11 +30,11 @@ def attention_relation(
     Q_i the student's likewise, T the temperature; no T^2 inside. The widths are cut into `splits`
     equal blocks, by default as many as the student has heads; heads and widths of the models may
     differ. The scale defaults to 1/sqrt(width of a block). j runs over real tokens, with `causal`
-    up to i; 0 at padding. Raises ValueError where a width is not divisible by the splits, or `of`
-    names nothing or something unknown. L_MHA of MLKD-BERT (Zhang, Yang, Ji 2024, arXiv 2407.02775).
-    Our reading: of `context`, the heads' results side by side before the output projection;
-    `attention_output` is after it; query, key and value are the relations of MiniLMv2 (Wang et al.
-    2021, arXiv 2012.15828).
+    up to i, by default as the student's own attention does; 0 at padding. Raises ValueError where a
+    width is not divisible by the splits, or `of` names nothing or something unknown.
+    L_MHA of MLKD-BERT (Zhang, Yang, Ji 2024, arXiv 2407.02775). Our reading: of `context`, the
+    heads' results side by side before the output projection; `attention_output` is after it; query,
+    key and value are the relations of MiniLMv2 (Wang et al. 2021, arXiv 2012.15828).
     """
     unknown = [name for name in of if name not in READS]
     if unknown or not of:
@@ -53,7 +53,7 @@ def attention_relation(
                 seen_by_teacher,
                 heads=splits,
                 mask=student.mask,
-                causal=causal,
+                causal=student.causal if causal is None else causal,
                 student_scale=student_scale,
                 teacher_scale=teacher_scale,
                 temperature=temperature,

@@ -12,6 +12,7 @@ SCOPE = "trace"
 READS = ("embedding",)
 TEACHER = True
 PROJECTION = True
+PACKED = True
 
 
 def embedding_mse(

@@ -1,10 +1,14 @@
 """The task's own labels as targets."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlkd_dist.head import HeadRows
 from mlkd_dist.trace import Trace
+from mlkd_kernels import linear_divergence
 from mlkd_kernels.rows import drop_masked
 
 ROWS = "label"
@@ -12,6 +16,7 @@ SCOPE = "trace"
 READS = ("logits",)
 TEACHER = False
 PROJECTION = False
+PACKED = True
 
 
 def hard_labels(student: Trace, *, label_smoothing: float = 0.0) -> Tensor:  # [B] or [B, L]
@@ -48,3 +53,31 @@ def hard_labels(student: Trace, *, label_smoothing: float = 0.0) -> Tensor:  # [
         label_smoothing=label_smoothing,
     )
     return rows.view(labels.shape)
+
+
+def over_vocabulary(
+    student: HeadRows,
+    teacher: None,
+    row_weight: Tensor,  # [N]
+    labels: Tensor,  # [N]
+    *,
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:  # scalar
+    """The weighted sum of the rows of `hard_labels` over the student's whole vocabulary."""
+    common = {
+        "row_weight": row_weight,
+        "student_logit_scale": student.scale,
+        "student_soft_cap": student.soft_cap,
+        "backend": backend,
+    }
+    read = student.hidden, student.weight
+    total = linear_divergence(*read, None, None, kind="cross_entropy", labels=labels, **common)
+    if not label_smoothing:
+        return total
+    # The mean of -log Q is the KL of the uniform distribution to Q, which a head of zeros makes,
+    # and the logarithm of the number of classes.
+    hidden, weight = read[0].new_zeros(len(read[0]), 1), read[1].new_zeros(len(read[1]), 1)
+    uniform = linear_divergence(*read, hidden, weight, kind="forward_kl", **common)
+    uniform = uniform + row_weight.sum() * math.log(len(weight))
+    return (1 - label_smoothing) * total + label_smoothing * uniform

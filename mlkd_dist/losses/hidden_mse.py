@@ -12,6 +12,7 @@ SCOPE = "layer"
 READS = ("hidden",)
 TEACHER = True
 PROJECTION = True
+PACKED = True
 
 
 def hidden_mse(

@@ -12,6 +12,7 @@ SCOPE = "module"
 READS = ("query", "key", "value", "output", "gate", "up", "down")
 TEACHER = True
 PROJECTION = False
+PACKED = True
 
 
 def module_mse(

@@ -1,35 +1,58 @@
 """The teacher's predictions as targets."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from mlkd_dist.head import HeadRows
 from mlkd_dist.trace import Trace
-from mlkd_kernels.rows import drop_masked, row_kl, widen
+from mlkd_kernels import linear_divergence
+from mlkd_kernels.linear_divergence import MIXTURES, divergence
+from mlkd_kernels.rows import drop_masked, widen
 
 ROWS = "label"
 SCOPE = "trace"
 READS = ("logits",)
 TEACHER = True
 PROJECTION = False
+PACKED = True
 
 
 def soft_labels(
     student: Trace,
     teacher: Trace,
     *,
+    kind: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"
+    ] = "forward_kl",
     temperature: float = 1.0,
+    beta: float | None = None,
     squared_temperature: bool = False,
+    truncate: bool = False,
 ) -> Tensor:  # [B], [B, L] or [B, 2]
-    """KL(P || Q), P = softmax(teacher.logits / T) over the last dimension, T the temperature.
+    """The divergence of Q from P, P = softmax(teacher.logits / T) over the last dimension, T the
+    temperature; Q is the student's likewise.
 
-    Q is the student's likewise. Not cross-entropy: 0 where the models agree. `squared_temperature`
-    multiplies by T^2; our reading is without. One logit is no distribution but a regression: its
-    rows are ((z_student - z_teacher) / T)^2 (our reading). Logits per token are 0 at padding.
-    Raises ValueError where the logits' shapes differ or T is not above 0. L_KD of MLKD-BERT (Zhang,
-    Yang, Ji 2024, arXiv 2407.02775); Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
+    By `kind`: forward_kl KL(P || Q), reverse_kl KL(Q || P), jsd beta KL(P || M) + (1 - beta)
+    KL(Q || M) with M = beta P + (1 - beta) Q, skew_forward_kl KL(P || beta P + (1 - beta) Q),
+    skew_reverse_kl KL(Q || beta Q + (1 - beta) P), tvd sum |P - Q| / 2. `beta` is 0.5 by default
+    for jsd and 0.1 for the skewed kinds. Not cross-entropy: 0 where the models agree.
+    `squared_temperature` multiplies by T^2; our reading is without. Where the models' heads have
+    different numbers of entries, `truncate` compares the first ones, which both have. One logit is
+    no distribution but a regression: its rows are ((z_student - z_teacher) / T)^2 (our reading).
+    Logits per token are 0 at padding. Raises ValueError where the logits' shapes differ, T is not
+    above 0 or beta is given to a kind without a mixture. L_KD of MLKD-BERT (Zhang, Yang, Ji 2024,
+    arXiv 2407.02775); Hinton, Vinyals, Dean 2015 (arXiv 1503.02531); jsd as in Agarwal et al. 2024
+    (arXiv 2306.13649), the skewed kinds as in Ko et al. 2024 (arXiv 2402.03898).
     """
     assert student.logits is not None and teacher.logits is not None
-    shape, teacher_shape = tuple(student.logits.shape), tuple(teacher.logits.shape)
+    beta = _beta(kind, beta)
+    logits = [widen(student.logits), widen(teacher.logits.detach())]
+    if truncate:
+        shared = min(z.shape[-1] for z in logits)
+        logits = [z[..., :shared] for z in logits]
+    shape, teacher_shape = (tuple(z.shape) for z in logits)
     if shape != teacher_shape:
         raise ValueError(
             f"soft_labels: the student's logits are {shape} and the teacher's {teacher_shape}; "
@@ -37,7 +60,6 @@ def soft_labels(
         )
     if not temperature > 0:
         raise ValueError(f"soft_labels: temperature={temperature}; it must be greater than 0.")
-    logits = [widen(student.logits), widen(teacher.logits.detach())]
     # One row per token; spans have two rows, and rule padding out themselves.
     if shape[:-1] == tuple(student.mask.shape):
         logits = [drop_masked(z, student.mask) for z in logits]
@@ -45,5 +67,49 @@ def soft_labels(
     if shape[-1] == 1:
         rows = torch.square(student_scores - teacher_scores).squeeze(-1)
     else:
-        rows = row_kl(teacher_scores, student_scores)
+        rows = divergence(kind, teacher_scores, student_scores, beta)
     return rows * temperature**2 if squared_temperature else rows
+
+
+def over_vocabulary(
+    student: HeadRows,
+    teacher: HeadRows,
+    row_weight: Tensor,  # [N]
+    labels: Tensor | None,
+    *,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
+    beta: float | None = None,
+    squared_temperature: bool = False,
+    truncate: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # scalar
+    """The weighted sum of the rows of `soft_labels`; the labels say only which rows count."""
+    if truncate:
+        shared = min(len(student.weight), len(teacher.weight))
+        student, teacher = student.first(shared), teacher.first(shared)
+    total = linear_divergence(
+        student.hidden,
+        student.weight,
+        teacher.hidden,
+        teacher.weight,
+        kind=kind,
+        temperature=temperature,
+        beta=_beta(kind, beta),
+        row_weight=row_weight,
+        student_soft_cap=student.soft_cap,
+        teacher_soft_cap=teacher.soft_cap,
+        student_logit_scale=student.scale,
+        teacher_logit_scale=teacher.scale,
+        backend=backend,
+    )
+    return total * temperature**2 if squared_temperature else total
+
+
+def _beta(kind: str, beta: float | None) -> float:
+    if beta is not None and kind not in MIXTURES:
+        raise ValueError(
+            f"soft_labels: beta={beta} with kind={kind!r}, which mixes nothing; remove beta, or "
+            f"use one of {', '.join(MIXTURES)}."
+        )
+    return (0.5 if kind == "jsd" else 0.1) if beta is None else beta

@@ -7,6 +7,7 @@ Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
     structured_label              True: its label column holds keys and values; may be left out
     model_class                   the transformers Auto class of its models
     reads                         what an evaluation takes from a trace
+    vocabulary                    whether its models have a row of logits per token
     settings()                    what the encoding depends on, for the cache key
     encode(rows, tokenizer, max_length)    raw columns -> token columns
     collate(rows, keep, tokenizer)         rows -> Batch
@@ -29,16 +30,41 @@ IGNORE = -100
 class Batch:
     """One micro-batch of one process."""
 
-    inputs: dict[str, Tensor]  # what the model's forward takes
+    # What the model's forward takes; and, where several documents lie in one sequence,
+    # "documents": their number within it, -1 at padding.
+    inputs: dict[str, Tensor]
     keep: Tensor  # [B] bool, False for a sample that only fills the batch
     labels: Tensor | None  # [B] or [B, L], -100 where ignored
     label_keep: Tensor  # [B] or [B, L] bool, which rows of the logits count
     rows: list[dict[str, Any]] | None = None  # as encoded, where an evaluation looks at them again
+    # [n] the places of those that count in labels. Found where the batch is made: on a GPU it would
+    # be waited for.
+    label_rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_rows is None:
+            self.label_rows = self.label_keep.flatten().nonzero().squeeze(1)
 
     @property
     def mask(self) -> Tensor:  # [B, L] bool
         """Tokens that count: real ones of samples that count."""
         return self.inputs["attention_mask"].bool() & self.keep.unsqueeze(1)
+
+    @property
+    def samples(self) -> Tensor:  # scalar
+        """How many samples count; each document of a sequence is one."""
+        documents = self.inputs.get("documents")
+        return (self.keep if documents is None else self.keep * (documents.amax(1) + 1)).sum()
+
+    @property
+    def sample_mean(self) -> Tensor:  # [B, L]
+        """The weight of each token in the mean over its sample."""
+        weight, documents = self.mask.float(), self.inputs.get("documents")
+        if documents is None:
+            return weight / weight.sum(1, keepdim=True).clamp_min(1)
+        document = documents.clamp_min(0)
+        lengths = torch.zeros_like(weight).scatter_add(1, document, weight)
+        return weight / lengths.gather(1, document).clamp_min(1)
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor | None) -> Tensor | None:
@@ -46,7 +72,8 @@ class Batch:
 
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
         labels, label_keep = move(self.labels), move(self.label_keep)
-        return Batch(inputs, move(self.keep), labels, label_keep, self.rows)
+        label_rows = move(self.label_rows)
+        return Batch(inputs, move(self.keep), labels, label_keep, self.rows, label_rows)
 
 
 def load(kind: str) -> Any:

@@ -15,6 +15,7 @@ from mlkd_dist.trace import Trace
 
 class Task:
     model_class = AutoModel
+    vocabulary = False
 
     def __init__(self, settings: Any, data: Any):
         self.columns = [data.text]

@@ -5,16 +5,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from mlkd_dist.tasks import IGNORE, Batch, pad
+from mlkd_dist.tasks._vocabulary import accuracy, perplexity, same_token, token_outputs
 from mlkd_dist.trace import Trace
 
 
 class Task:
     model_class = AutoModelForMaskedLM
-    reads = frozenset({"logits"})
+    reads = frozenset({"head"})
+    vocabulary = True
 
     def __init__(self, settings: Any, data: Any):
         self.columns = [data.text]
@@ -74,15 +75,10 @@ class Task:
         return ids.tolist(), truth
 
     def outputs(self, trace: Trace, batch: Batch) -> dict[str, Tensor]:
-        logits, labels = trace.logits[batch.label_keep].float(), batch.labels[batch.label_keep]
-        loss = cross_entropy(logits, labels, reduction="none")
-        return {"token": logits.argmax(-1).cpu(), "loss": loss.cpu(), "label": labels.cpu()}
+        return token_outputs(trace, batch)
 
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
-        return {
-            "masked_accuracy": float((outputs["token"] == outputs["label"]).float().mean()),
-            "perplexity": float(outputs["loss"].mean().exp()),
-        }
+        return {"masked_accuracy": accuracy(outputs), "perplexity": perplexity(outputs)}
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
-        return {"same_token": float((student["token"] == teacher["token"]).float().mean())}
+        return same_token(student, teacher)

@@ -37,6 +37,7 @@ WINDOW = {
 class Task:
     model_class = AutoModelForQuestionAnswering
     reads = frozenset({"logits"})
+    vocabulary = False
     # The label is {"text": [...], "answer_start": [...]}.
     structured_label = True
 

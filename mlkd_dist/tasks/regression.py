@@ -15,6 +15,7 @@ from mlkd_dist.trace import Trace
 class Task:
     model_class = AutoModelForSequenceClassification
     reads = frozenset({"logits"})
+    vocabulary = False
 
     def __init__(self, settings: Any, data: Any):
         self.texts = [data.text] + ([data.text_pair] if data.text_pair else [])

@@ -1,0 +1,148 @@
+"""The output head of a language model. A row of logits per token is too much to keep, so a trace
+keeps what enters the head instead, and who reads logits makes them a few rows at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# What the head is taken to say while it is watched: what the model makes of these tells its scale
+# and its soft cap.
+PROBE = (-2.0, 0.5, 3.0)
+PROBED: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows of logits before they are multiplied out: z = soft_cap tanh(scale weight hidden /
+    soft_cap), without a soft cap scale weight hidden."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def first(self, vocabulary: int) -> "HeadRows":
+        """The logits of the first entries of the vocabulary only."""
+        return replace(self, weight=self.weight[:vocabulary])
+
+    def of(self, hidden: Tensor) -> "HeadRows":
+        """The logits of some of the rows."""
+        return replace(self, hidden=hidden)
+
+    def logits(self) -> Tensor:  # [N, V] fp32
+        logits = self.scale * (self.hidden.float() @ self.weight.float().mT)
+        return logits if self.soft_cap is None else self.soft_cap * (logits / self.soft_cap).tanh()
+
+
+def ungathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The module that makes logits of hidden states, and what the model does to them after it."""
+
+    module: nn.Linear
+    scale: float = 1.0
+    soft_cap: float | None = None
+    gather: Callable[[list[nn.Parameter]], AbstractContextManager[None]] = ungathered
+
+    def rows(self, hidden: Tensor) -> HeadRows:  # [N, D]
+        weight, bias = self.module.weight, self.module.bias
+        if bias is not None:
+            weight = torch.cat([weight, bias.unsqueeze(-1)], -1)
+            hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], -1)
+        return HeadRows(hidden, weight, self.scale, self.soft_cap)
+
+    @contextmanager
+    def opened(self, hidden: Tensor) -> Iterator[HeadRows]:
+        """For reading: the weights are whole while this is open. Every process must open it."""
+        with self.gather(list(self.module.parameters())):
+            yield self.rows(hidden)
+
+    def within(self, hidden: Tensor, work: Callable[[HeadRows], Tensor]) -> Tensor:
+        """`work` in the place of the head's forward: ZeRO-3's hooks then gather the weights for it,
+        and once more for its backward pass, as for any module of the engine."""
+        module, before = self.module, vars(self.module).get("forward")
+        module.forward = lambda hidden: work(self.rows(hidden))
+        try:
+            return module(hidden)
+        finally:
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+
+class Watcher(nn.Module):
+    """Stands in the head's place: it keeps what enters, and needs no weights."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head, self.hidden = [head], None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Some models ask for its type."""
+        return self.head[0].weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden.new_tensor(PROBE).expand(*hidden.shape[:-1], len(PROBE))
+
+
+@contextmanager
+def watched_head(model: PreTrainedModel) -> Iterator[Watcher]:
+    """While this is open, the model's head is a Watcher."""
+    head = model.get_output_embeddings()
+    parent, name = next(
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if child is head
+    )
+    watcher = Watcher(head)
+    parent._modules[name] = watcher
+    try:
+        yield watcher
+    finally:
+        parent._modules[name] = head
+
+
+def check_linear_head(model: PreTrainedModel, path: str) -> None:
+    """ValueError for a model whose logits are not made by one matrix."""
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ValueError(
+            f"model {path!r}: {type(model).__name__} makes its logits by something other than a "
+            f"linear layer, which losses over a vocabulary need; use another model."
+        )
+
+
+def head_of(model: PreTrainedModel, output: Any) -> Head:
+    """The head of a model that has just run with it watched, and gave `output`."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+    head = Head(model.get_output_embeddings(), scale, soft_cap)
+    if model not in PROBED:
+        check_probe(model, head, output.logits)
+        PROBED.add(model)
+    return head
+
+
+def check_probe(model: PreTrainedModel, head: Head, seen: Tensor) -> None:
+    """That the model does to its logits what its config says, and no more."""
+    probe = torch.tensor(PROBE).unsqueeze(-1)
+    expected = HeadRows(probe, torch.ones(1, 1), head.scale, head.soft_cap).logits().squeeze(-1)
+    found = seen.detach().flatten(0, -2)[0].float().cpu()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits in a way that is not known here "
+            f"({list(PROBE)} becomes {found.tolist()}); losses over a vocabulary need a model "
+            f"whose logits are scaled or soft-capped at most."
+        )
