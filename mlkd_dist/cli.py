@@ -1,5 +1,5 @@
-"""`mlkd`: distill, finetune, evaluate, export. Outside a launcher it starts deepspeed's for more
-than one process."""
+"""`mlkd`: distill, finetune, evaluate, export, study. Outside a launcher it starts deepspeed's for
+more than one process."""
 
 import argparse
 import json
@@ -35,7 +35,10 @@ def main() -> int:
             help="over the file, for example optim.lr=1e-4",
         )
     add_export(commands)
+    add_study(commands)
     given = parser.parse_args()
+    if given.command == "study":
+        return run_study(given)
     if given.command == "export":
         return run_export(given)
     path = given.config
@@ -75,6 +78,25 @@ def run_export(given: argparse.Namespace) -> int:
     try:
         print(export(given.run, given.out, given.dense))
         return 0
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_study(commands: Any) -> None:
+    text = "methods x seeds x budgets on one task: runs, a table of means and spreads, plots"
+    command = commands.add_parser("study", help=text, description=text)
+    command.add_argument("study", help="a YAML file; see configs/studies/ and mlkd_dist/study.py")
+    command.add_argument(
+        "settings", nargs="*", metavar="key=value", help="over the base of all runs, or seeds=[0,1]"
+    )
+
+
+def run_study(given: argparse.Namespace) -> int:
+    from mlkd_dist.study_runs import main as study
+
+    try:
+        return study(given.study, given.settings)
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
         return 2

@@ -114,6 +114,8 @@ def check_values(config: Config) -> None:
     ):
         at_least(key, value, low)
     share("data.validation_fraction", config.data.validation_fraction)
+    if config.data.train_rows is not None:
+        at_least("data.train_rows", config.data.train_rows, 1)
     above("optim.eps", config.optim.eps, 0)
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
