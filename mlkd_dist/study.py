@@ -102,7 +102,8 @@ def plan(path: str | Path, words: list[str] = ()) -> Plan:
     here = Path(path).parent
     file, base = read_base(study, here, over_base)
     base_config = checked("base", base)
-    base_config.run.dir = str(Path(study.dir) / "base")
+    # A teacher that is there in part is made again; a finished one of other settings is refused.
+    base_config.run.dir, base_config.run.overwrite = str(Path(study.dir) / "base"), True
     finetune = base_config.teacher.finetune
     if finetune is not None and finetune.dir is None:
         finetune.dir = str(Path(study.dir) / "teacher")

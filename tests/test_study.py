@@ -103,8 +103,9 @@ def test_one_teacher_is_made_for_all(written: Any, tmp_path: Path) -> None:
     budgets = {"few": {"data.train_rows": 4}}
     asked = plan(written(base=base, budgets=budgets, seeds=[1, 2]))
     made = str(tmp_path / "study" / "teacher")
-    assert study_runs.finetune_config(asked.base).run.dir == made
-    assert study_runs.finetune_config(asked.base).data.train_rows is None
+    own = study_runs.finetune_config(asked.base)
+    assert (own.run.dir, own.run.overwrite) == (made, True)
+    assert own.data.train_rows is None
     assert {run.config.teacher.path for run in asked.runs} == {f"{made}/export"}
     assert {run.config.teacher.finetune for run in asked.runs} == {None}
 
