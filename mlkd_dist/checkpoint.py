@@ -1,44 +1,333 @@
-"""Writing models: an ordinary Hugging Face folder that is either whole or not there."""
+"""What a run saves while it goes on, and how it goes on from there; the exported student.
+
+A checkpoint within a stage holds what trains: fp32 weights, Adam's moments, counters, random
+numbers. One at the end of a stage holds what the next stage starts with: the exported student and
+its projections. Nothing in either is code, and the teacher is in neither.
+"""
 
 import os
 import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlkd_dist.engine import barrier, whole_weights
+from mlkd_dist import commit
+from mlkd_dist.commit import Rejected
+from mlkd_dist.config import UserError
+from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
+from mlkd_dist.shards import read_shards, shapes, write_shard
+
+PROJECTIONS = "projections.safetensors"
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The trained weights for `AutoModel*.from_pretrained(folder)`, at every ZeRO stage. All
-    processes call this."""
-    weights = whole_weights(model)
-    if weights is not None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save(model, partial, weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    barrier()
+class NotSaved(Exception):
+    """Raised on all processes alike; what was saved before is untouched."""
 
 
-def save_projections(projections: nn.ModuleDict, path: Path) -> None:
-    """For the next stage; they are no part of the exported student. All processes call this."""
-    weights = whole_weights(projections)
-    if weights:
-        save_file(weights, path)
-    barrier()
+class Stateful(Protocol):
+    """Of a stage, the same on all processes; its state is made of what JSON knows."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Position:
+    """Where a run is: before step `step` of stage `stage`."""
+
+    stage: int = 0
+    step: int = 0
+    first_step: int = 0
+    """Steps of all stages before this one."""
+    start: str | None = None
+    """The checkpoint at the end of the stage before; None in the first stage."""
+    name: str | None = None
+    """The checkpoint of this very place; None at the start of a stage."""
+
+    @property
+    def done(self) -> int:
+        return self.first_step + self.step
+
+
+@dataclass
+class Checkpoints:
+    """Those of one run. All processes call every method."""
+
+    folder: Path
+    world: World
+    keep: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What every manifest says of the run: its settings, fingerprints, versions."""
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def save(
+        self, at: Position, engine: Engine, metrics: list[Any], kept: dict[str, Stateful]
+    ) -> None:
+        """Commit a stage after `at.step` steps; `metrics` are those of each process."""
+        rank_file = f"rank-{self.world.rank:05d}.safetensors"
+        scheduler = engine.lr_scheduler
+        facts = {
+            "stage_done": False,
+            "shapes": shapes(engine),
+            "layout": layout(engine, self.world),
+            "schedule_step": scheduler.last_epoch,
+            "skipped_steps": engine.skipped_steps,
+            "metrics": metrics,
+            "state": {key: thing.state_dict() for key, thing in kept.items()},
+        }
+
+        def write(folder: Path) -> list[str]:
+            write_shard(engine, self.world, folder / rank_file)
+            return [rank_file]
+
+        self.commit(at, write, facts)
+
+    def save_stage_end(
+        self,
+        at: Position,
+        model: PreTrainedModel,
+        projections: nn.ModuleDict,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Position:
+        """Commit the trained student of a stage, and make it the run's export; returns where the
+        next stage starts."""
+        weights, maps = whole_weights(model), whole_weights(projections)
+
+        def write(folder: Path) -> list[str]:
+            if not self.world.first:
+                return []
+            export(model, weights, tokenizer, folder / "export")
+            save_file(maps, folder / PROJECTIONS)
+            return [path.relative_to(folder).as_posix() for path in files_below(folder)]
+
+        name = self.commit(at, write, {"stage_done": True})
+        self.publish(name)
+        return Position(at.stage + 1, 0, at.done, start=name)
+
+    def publish(self, name: str) -> None:
+        """Make the student of a stage that is done the run's export."""
+
+        def swap() -> None:
+            partial, folder = self.folder / "export.partial", self.folder / "export"
+            commit.remove(partial)
+            shutil.copytree(self.root / name / "export", partial)
+            commit.reached("copied")
+            commit.remove(folder)
+            commit.reached("export removed")
+            os.rename(partial, folder)
+            commit.reached("published")
+
+        self.agreed(swap if self.world.first else nothing)
+
+    def commit(
+        self, at: Position, write: Callable[[Path], list[str]], facts: dict[str, Any]
+    ) -> str:
+        """`write` puts the files of this process into a folder and returns their names. Raises
+        NotSaved on all processes where one of them fails."""
+        name = commit.step_name(at.done)
+        partial = self.root / (name + commit.PARTIAL)
+        self.agreed((lambda: commit.begin(self.root, name)) if self.world.first else nothing)
+        try:
+            sealed = self.agreed(lambda: commit.seal_files(partial, write(partial)))
+        except NotSaved:
+            if self.world.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        facts |= {
+            "stage": at.stage,
+            "stage_step": at.step,
+            "step": at.done,
+            # What is whole in itself needs no other.
+            "start": None if facts["stage_done"] else at.start,
+            "files": {file: seal for files in sealed for file, seal in files.items()},
+        }
+        manifest = self.facts | facts
+        self.agreed(
+            (lambda: commit.commit(self.root, name, manifest)) if self.world.first else nothing
+        )
+        self.prune(name, manifest)
+        return name
+
+    def prune(self, name: str, manifest: dict[str, Any]) -> None:
+        """Remove what is old, now that a newer checkpoint verifies."""
+        try:
+            self.verify(name, manifest)
+        except Rejected as error:
+            raise NotSaved(f"{name} was damaged while it was written: {error}") from error
+        self.agreed((lambda: commit.prune(self.root, self.keep)) if self.world.first else nothing)
+
+    def agreed(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns on every process. Where it fails on one, NotSaved on all."""
+        try:
+            outcome = ("done", work())
+        except (OSError, SafetensorError) as error:
+            outcome = ("error", f"process {self.world.rank}: {error}")
+        outcomes = gather_objects(outcome)
+        if errors := [text for kind, text in outcomes if kind == "error"]:
+            raise NotSaved("; ".join(errors))
+        return [value for _, value in outcomes]
+
+    def newest(self) -> dict[str, Any] | None:
+        """The manifest of the newest checkpoint that is sound, those that are not named on the
+        terminal and set aside. None where none was ever committed; UserError where there were some
+        and none is sound."""
+        found = broadcast_object(commit.names(self.root) if self.world.first else None)
+        rejected: dict[str, str] = {}
+        for name in found:
+            try:
+                manifest = self.verified(name)
+            except Rejected as error:
+                rejected[name] = str(error)
+                continue
+            self.set_aside(rejected)
+            return manifest
+        last = broadcast_object(commit.latest(self.root) if self.world.first else None)
+        if found or last is not None:
+            why = [f"{name}: {reason}" for name, reason in rejected.items()]
+            raise UserError(
+                f"run.dir: {str(self.folder)!r} has no sound checkpoint "
+                f"({'; '.join(why) or f'{last!r}, the latest, is gone'}); bring one back, or start "
+                f"again with run.resume=never run.overwrite=true."
+            )
+        return None
+
+    def set_aside(self, rejected: dict[str, str]) -> None:
+        if self.world.first:
+            for name, reason in rejected.items():
+                print(
+                    f"mlkd: warning: checkpoint {name} is not used: {reason}; it is kept as "
+                    f"{name}{commit.REJECTED}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                commit.reject(self.root, name)
+
+    def verified(self, name: str) -> dict[str, Any]:
+        """The manifest of a checkpoint that is sound, with the one that its stage started from.
+        Raises Rejected on all processes."""
+        manifest = self.on_first_or_rejected(lambda: commit.read_manifest(self.root / name))
+        self.verify(name, manifest)
+        if start := manifest["start"]:
+            try:
+                self.verify(
+                    start,
+                    self.on_first_or_rejected(lambda: commit.read_manifest(self.root / start)),
+                )
+            except Rejected as error:
+                raise Rejected(f"{start}, which its stage started from: {error}") from error
+        return manifest
+
+    def verify(self, name: str, manifest: dict[str, Any]) -> None:
+        """The files are shared out over the processes."""
+        folder = self.root / name
+        self.on_first_or_rejected(lambda: commit.check_names(folder, manifest))
+        files = sorted(manifest["files"])[self.world.rank :: self.world.size]
+        try:
+            commit.check_files(folder, manifest, files)
+            problem = None
+        except Rejected as error:
+            problem = str(error)
+        if problems := [text for text in gather_objects(problem) if text is not None]:
+            raise Rejected(problems[0])
+
+    def on_first_or_rejected(self, work: Callable[[], Any]) -> Any:
+        outcome = None
+        if self.world.first:
+            try:
+                outcome = ("done", work())
+            except Rejected as error:
+                outcome = ("rejected", str(error))
+        kind, value = broadcast_object(outcome)
+        if kind == "rejected":
+            raise Rejected(value)
+        return value
+
+    def load(self, at: Position, engine: Engine, kept: dict[str, Stateful]) -> list[Any]:
+        """Put what `save` saved into a new engine of any layout; returns the metrics of each of the
+        processes that saved."""
+        folder = self.root / at.name
+        manifest = commit.read_manifest(folder)
+        ours, theirs = shapes(engine), manifest["shapes"]
+        if ours != theirs:
+            different = sorted(
+                n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)
+            )
+            raise UserError(
+                f"run.dir: checkpoint {at.name} is of another student: {different[0]} is "
+                f"{theirs.get(different[0])} there and {ours.get(different[0])} here; undo the "
+                f"change, or choose another folder."
+            )
+        files = sorted(name for name in manifest["files"] if name.startswith("rank-"))
+        same = manifest["layout"] == layout(engine, self.world)
+        read_shards(engine, self.world, folder, files, same)
+        engine.skipped_steps = manifest["skipped_steps"]
+        engine.global_steps = manifest["stage_step"]
+        set_schedule(engine, manifest["schedule_step"])
+        for key, thing in kept.items():
+            thing.load_state_dict(manifest["state"][key])
+        return manifest["metrics"]
+
+
+def nothing() -> None:
+    pass
+
+
+def position(manifest: dict[str, Any]) -> Position:
+    """Where a run goes on from this checkpoint."""
+    name = commit.step_name(manifest["step"])
+    if manifest["stage_done"]:
+        return Position(manifest["stage"] + 1, 0, manifest["step"], start=name)
+    first_step = manifest["step"] - manifest["stage_step"]
+    return Position(manifest["stage"], manifest["stage_step"], first_step, manifest["start"], name)
+
+
+def layout(engine: Engine, world: World) -> list[int]:
+    return [world.size, engine.zero_optimization_stage()]
+
+
+def set_schedule(engine: Engine, step: int) -> None:
+    """The schedule is a function of the number of its steps."""
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [
+        base * rule(step)
+        for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def export(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """The trained weights for `AutoModel*.from_pretrained(folder)`."""
+    save(model, folder, weights)
+    tokenizer.save_pretrained(folder)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def load_projections(projections: nn.ModuleDict, path: Path) -> None:
     """Those that an earlier stage trained under the same name and shape, before the engine shards
     them."""
-    if not path.exists():
-        return
     ours = projections.state_dict()
     trained = {n: w for n, w in load_file(path).items() if n in ours and ours[n].shape == w.shape}
     projections.load_state_dict(ours | trained)

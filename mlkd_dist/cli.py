@@ -4,13 +4,13 @@ more than one process."""
 import argparse
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
 from mlkd_dist import __version__
 from mlkd_dist.config import Config, UserError, load
 from mlkd_dist.finetune import finetune_config
+from mlkd_dist.launcher import launched
 
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
@@ -124,7 +124,8 @@ def launch(config: Config, words: list[str]) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     command += ["--num_accelerators", str(processes), "--master_port", str(free_port())]
-    return subprocess.call([*command, "--module", "mlkd_dist.distill", *words], env=environment)
+    command += ["--module", "mlkd_dist.distill", *words]
+    return launched(command, environment, processes)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mlkd_dist.commit import write_whole
+
 
 class UserError(ValueError):
     """A mistake of the person who runs the program, told in one message; the program exits with
@@ -29,7 +31,22 @@ class RunConfig:
     seed: int = 0
     """Seed of data order, initialisation and dropout."""
     overwrite: bool = False
-    """Replace what an earlier run left in `dir`; without it such a folder is refused."""
+    """Replace a finished run in `dir`, or one with other settings; without it such a folder is
+    refused. One that is not finished goes on."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint, with the same mathematics. changed: with other
+    settings too. never: do not."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between two checkpoints; without it time alone decides."""
+    checkpoint_minutes: float | None = 15.0
+    """Minutes between two checkpoints; null: checkpoint_every alone. One is also made at the end of
+    each stage and when the run is stopped."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    time_limit: float | None = None
+    """Minutes after its start at which the program saves, stops and exits with 75."""
+    max_skipped: int = 10
+    """So many steps in a row without a finite loss and gradient stop the run."""
 
 
 @dataclass
@@ -451,4 +468,4 @@ HEADER = "# Every setting of this run, written by mlkd_dist.\n"
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(HEADER + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_whole(path, HEADER + OmegaConf.to_yaml(OmegaConf.structured(config)))

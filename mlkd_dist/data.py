@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mlkd_dist.sources import fingerprint, locate, read
 
 # Raised when the meaning of a cached row changes.
 FORMAT = 1
+# Seconds that a loader process may take for one micro-batch.
+LOADER_TIMEOUT = 300
 
 
 class Task(Protocol):
@@ -177,12 +180,21 @@ def batches(
         collate_fn=_Collate(collate),
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals if workers else None,
+        # A worker that is stuck is an error, not a wait without end.
+        timeout=LOADER_TIMEOUT if workers else 0,
         # Else it draws from the global generator, and a resumed run sees other dropout.
         generator=torch.Generator(),
     )
     micro_batches = iter(loader)
     for _ in range(start_step, stop_step):
         yield [next(micro_batches) for _ in range(sampler.grad_accum)]
+
+
+def _ignore_signals(worker: int) -> None:
+    """What is sent to every process of a run is for those that train."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -231,14 +243,14 @@ def _key(content: list[str], task: Task, tokenizer: Any, max_length: int) -> str
         "content": content,
         "columns": task.columns,
         "task": task.settings(),
-        "tokenizer": _describe_tokenizer(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
         "max_length": max_length,
         "versions": [FORMAT, transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _describe_tokenizer(tokenizer: Any) -> list[Any]:
+def describe_tokenizer(tokenizer: Any) -> list[Any]:
     if tokenizer.is_fast:
         model = json.loads(tokenizer.backend_tokenizer.to_str())
         # Left behind by the last call of the tokenizer; not part of what it is.

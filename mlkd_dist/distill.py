@@ -7,29 +7,50 @@ deepspeed --module mlkd_dist.distill CONFIG [key=value ...]
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlkd_dist import commit
 from mlkd_dist import config as configs
-from mlkd_dist.checkpoint import export, load_projections, save_projections
+from mlkd_dist.checkpoint import (
+    PROJECTIONS,
+    Checkpoints,
+    NotSaved,
+    Position,
+    Stateful,
+    load_projections,
+)
 from mlkd_dist.config import Config, StageConfig, UserError
 from mlkd_dist.data import Sampler, batches
-from mlkd_dist.engine import Engine, World, backward, start, stop, student_config, student_engine
+from mlkd_dist.engine import (
+    Engine,
+    World,
+    backward,
+    gather_objects,
+    start,
+    stop,
+    student_config,
+    student_engine,
+)
 from mlkd_dist.evaluate import Evaluator, report
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.metrics import Metrics
 from mlkd_dist.model import quiet, read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.preflight import check_start, prepared
-from mlkd_dist.run import Run, class_count, headless_student, make_folder, on_first, source
+from mlkd_dist.resume import open_run
+from mlkd_dist.run import FINISHED, Run, alone, class_count, headless_student, on_first, source
 from mlkd_dist.schedule import learning_rate, opening, total_steps
+from mlkd_dist.signals import REQUEUE, SIGNALLED, tell
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Trace
+from mlkd_dist.watch import Diverged, Stopped, Watch
 from mlkd_kernels import choose
 
 
@@ -42,6 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--local_rank", help="given by the deepspeed launcher; the environment says it too"
     )
     given = parser.parse_args(arguments)
+    SIGNALLED.install()
+    code = program(given)
+    tell("code", code)
+    return code
+
+
+def program(given: argparse.Namespace) -> int:
     try:
         config = configs.load(given.config, given.settings)
         world = start()
@@ -49,57 +77,100 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[given.command](config, world)
         return 0
     except UserError as error:
-        # Every process raises it; one says it.
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"mlkd: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
+    except Stopped as error:
+        say(str(error))
+        return REQUEUE
+    except (Diverged, NotSaved) as error:
+        say(f"error: {error}")
+        return 1
     finally:
         stop()
 
 
+def say(text: str) -> None:
+    """Every process raises the same; one says it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"mlkd: {text}", file=sys.stderr, flush=True)
+
+
 def distill(config: Config, world: World) -> None:
-    """All stages of a run, and its report."""
-    check_start(config, world)
+    """All stages of a run, and its report; or what of it is still to be done."""
+    found = check_start(config, world)
+    if found == FINISHED:
+        say(f"{config.run.dir!r} is finished; run.overwrite=true makes it anew.")
+        return
     if config.teacher.finetune is not None:
         finetune_teacher(config, world)
         config = with_finetuned_teacher(config)
+    whole_run(config, world, found, compare=True)
+
+
+def whole_run(config: Config, world: World, found: str, compare: bool) -> None:
+    """From what is `found` in its folder to the report; with `compare` of the student
+    before, too."""
     run = prepared(config, world, source(config))
-    student_path = make_folder(config, world)
-    evaluator = Evaluator(run)
-    # Its time is that of the student after, which is taken beside the teacher's. A student that is
-    # still to get its head says nothing yet.
-    given = (student_path, config.student.dtype, config.student.attention)
-    before = None if headless_student(run) else evaluator(*given, timed=False)
-    train(run, student_path)
-    report(evaluator, before)
+    with alone(run.folder, world):
+        student_path, checkpoints, at = open_run(run, found)
+        evaluator = Evaluator(run)
+
+        # A student that is still to get its head says nothing yet.
+        compare = compare and not headless_student(run)
+
+        def before() -> Any:
+            # Its time is that of the student after, which is taken beside the teacher's.
+            student = config.student
+            return evaluator(student_path, student.dtype, student.attention, timed=False)
+
+        evaluated = before() if compare and at.done == 0 else None
+        with SIGNALLED.deferred():
+            train(run, checkpoints, at, student_path)
+        report(evaluator, evaluated or (before() if compare else None))
 
 
-def train(run: Run, student_path: str) -> None:
+def train(run: Run, checkpoints: Checkpoints, at: Position, student_path: str) -> None:
     """Each stage loads the student that the one before left, and inherits no optimizer state."""
-    first_step = 0
-    for index, stage in enumerate(run.config.stages):
-        first_step += run_stage(run, stage, index, student_path, first_step)
-        student_path = str(run.folder / "export")
+    watch = Watch(run.config.run, run.world)
+    stages = run.config.stages
+    while at.stage < len(stages):
+        at = run_stage(run, stages[at.stage], at, student_path, checkpoints, watch)
+        if watch.stop:
+            raise Stopped(stopped(at))
 
 
-def run_stage(run: Run, stage: StageConfig, index: int, student_path: str, first_step: int) -> int:
-    """One stage from its first step to the exported student; returns its number of steps."""
+def stopped(at: Position) -> str:
+    return f"stopped after step {at.done}, with a checkpoint; the same command goes on from there."
+
+
+def run_stage(
+    run: Run,
+    stage: StageConfig,
+    at: Position,
+    student_path: str,
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> Position:
+    """One stage from `at` to the exported student; returns where the next one starts."""
     config, world, batch = run.config, run.world, run.config.batch
+    begun = checkpoints.root / at.start if at.start else None
+    student_path = str(begun / "export") if begun else student_path
     sampler = Sampler(
         len(run.train),
         batch.micro_batch,
         batch.grad_accum,
         world.rank,
         world.size,
-        seed=config.run.seed + index,
+        seed=config.run.seed + at.stage,
     )
     steps = total_steps(stage, sampler.steps_per_epoch)
     objective = stage_objective(run, stage, student_path)
     teacher = stage_teacher(run, objective)
     # From here on; the teacher is as deep as all its layers need.
-    objective.opening = opening(f"stages[{index}]", stage, objective.layers, steps)
+    objective.opening = opening(f"stages[{at.stage}]", stage, objective.layers, steps)
     student = Student(trainable(run, student_path), objective)
-    load_projections(student.projections, run.folder / "projections.safetensors")
+    if begun:
+        load_projections(student.projections, begun / PROJECTIONS)
     lr = config.optim.lr if stage.lr is None else stage.lr
     engine = student_engine(
         student.to(world.device), config, learning_rate(config.optim, steps), lr
@@ -112,19 +183,31 @@ def run_stage(run: Run, stage: StageConfig, index: int, student_path: str, first
         stage.name,
         objective.names,
         weights,
-        first_step,
+        at.first_step,
         steps,
         config.log_every,
         choose(config.kernels),
+        at.step,
     )
+    # What else a checkpoint of this stage carries.
+    kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
+    if at.name is not None:
+        metrics.go_on(checkpoints.load(at, engine, kept))
+    watch.begin_stage(engine.skipped_steps)
 
     def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
         return run.task.collate(rows, keep, run.tokenizer)
 
     loader = batches(
-        run.train, sampler, 0, steps, collate, config.data.workers, world.device.type == "cuda"
+        run.train,
+        sampler,
+        at.step,
+        steps,
+        collate,
+        config.data.workers,
+        world.device.type == "cuda",
     )
-    for step, micro_batches in enumerate(loader):
+    for step, micro_batches in enumerate(loader, at.step):
         moved = [micro_batch.to(world.device) for micro_batch in micro_batches]
         train_step(
             teacher,
@@ -133,15 +216,55 @@ def run_stage(run: Run, stage: StageConfig, index: int, student_path: str, first
             moved,
             metrics,
             step,
-            seed=(config.run.seed, first_step + step),
+            (config.run.seed, at.first_step + step),
+            watch,
         )
+        now = replace(at, step=step + 1)
+        after_step(now, engine, checkpoints, watch)
+        if watch.time_to_save and now.step < steps:
+            save(now, engine, metrics, kept, checkpoints, watch)
     metrics.close()
-    export(student.model, run.tokenizer, run.folder / "export")
-    save_projections(student.projections, run.folder / "projections.safetensors")
+    at = checkpoints.save_stage_end(
+        replace(at, step=steps), student.model, student.projections, run.tokenizer
+    )
+    watch.has_saved()
     if teacher is not None:
         teacher.close()
     engine.destroy()
-    return steps
+    return at
+
+
+def after_step(at: Position, engine: Engine, checkpoints: Checkpoints, watch: Watch) -> None:
+    try:
+        watch.after_step(at.done, engine.skipped_steps)
+    except Diverged as error:
+        last = commit.latest(checkpoints.root)
+        raise Diverged(
+            f"{watch.skipped_in_a_row} steps in a row, up to step {at.done}, had a loss or a "
+            f"gradient that is not finite; the last checkpoint is {last or 'none'}. Lower "
+            f"optim.lr, or look at the data of these steps."
+        ) from error
+
+
+def save(
+    at: Position,
+    engine: Engine,
+    metrics: Metrics,
+    kept: dict[str, Stateful],
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> None:
+    """Within a stage. A disk that is full ends a run only where it was to end."""
+    try:
+        checkpoints.save(at, engine, gather_objects(metrics.state()), kept)
+    except NotSaved as error:
+        if watch.stop:
+            raise
+        say(f"warning: no checkpoint after step {at.done}: {error}; the run goes on.")
+    watch.has_saved()
+    if watch.stop:
+        metrics.close()
+        raise Stopped(stopped(at))
 
 
 def train_step(
@@ -152,8 +275,9 @@ def train_step(
     metrics: Metrics,
     step: int,
     seed: tuple[int, int],
+    watch: Watch,
 ) -> None:
-    rows = objective.global_rows(micro_batches)
+    rows = objective.global_rows(micro_batches, watch)
     traces = look_ahead(teacher, objective, micro_batches, metrics)
     vectors = sample_vectors(student, objective, micro_batches, seed)
     peers = objective.peers(micro_batches, traces, vectors)
@@ -265,11 +389,7 @@ def finetune_teacher(config: Config, world: World) -> None:
     own = finetune_config(config)
     if on_first(world, lambda: finished(own)):
         return
-    check_start(own, world)
-    run = prepared(own, world, source(own))
-    make_folder(own, world)
-    train(run, own.student.path)
-    report(Evaluator(run))
+    whole_run(own, world, check_start(own, world), compare=False)
 
 
 def evaluate(config: Config, world: World) -> None:

@@ -2,6 +2,7 @@
 collectives."""
 
 import ctypes
+import math
 import os
 import socket
 import warnings
@@ -260,9 +261,11 @@ def backward(engine: Engine, loss: Tensor) -> None:
 
     DeepSpeed averages over processes, hence the factor. The product is also a new tensor, and must
     be: given the forward's own output, DeepSpeed 0.19.8 at ZeRO 0 divides by the accumulation
-    steps whatever `scale_wrt_gas` says.
+    steps whatever `scale_wrt_gas` says. A loss that is not finite makes the whole gradient so, on
+    which every optimizer here skips the step, on all processes.
     """
-    engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+    sound = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+    engine.backward(loss * sound * dist.get_world_size(), scale_wrt_gas=False)
 
 
 def plain_optimizer(config: Config) -> bool:
@@ -273,11 +276,14 @@ def plain_optimizer(config: Config) -> bool:
 def clip_in_step(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float
 ) -> None:
-    """DeepSpeed clips for a plain optimizer too, but then forgets the norm. Done here, it finds the
-    norm where it looks for that of its own optimizers."""
+    """DeepSpeed clips for a plain optimizer too, but then forgets the norm and steps whatever it
+    is. Done here, it finds norm and overflow where it looks for those of its own optimizers."""
 
     def clip(*_: Any) -> None:
-        norm = nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        optimizer.overflow = not bool(norm.isfinite())
+        # By this AdamW is told to leave all as it is.
+        optimizer.found_inf = torch.tensor(float(optimizer.overflow), device=norm.device)
         optimizer._global_grad_norm = norm
 
     optimizer.register_step_pre_hook(clip)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlkd_dist.commit import write_whole
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import DTYPES, barrier, gather_objects
@@ -134,7 +135,7 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         columns = {name: facts for name, (_, facts) in found.items()}
         told = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         told["held_out_rows"] = len(run.held_out)
-        (run.folder / "report.json").write_text(json.dumps(told, indent=2) + "\n")
+        write_whole(run.folder / "report.json", json.dumps(told, indent=2) + "\n")
         print(f"\n{table(columns, config.batch.evaluation)}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")
         if ranks_of(read_config(str(run.folder / "export"))):

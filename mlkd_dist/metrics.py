@@ -2,6 +2,7 @@
 terminal, to metrics.jsonl and to TensorBoard."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mlkd_dist.commit import write_whole
 from mlkd_dist.engine import Engine, World, all_reduce
 
 
@@ -64,7 +66,9 @@ class Metrics:
         steps: int,
         log_every: int,
         backend: str,
+        done: int = 0,
     ):
+        """`done` of the stage's `steps` were made before the run was interrupted."""
         self.world, self.stage, self.terms, self.backend = world, stage, terms, backend
         self.first_step, self.steps, self.log_every = first_step, steps, log_every
         self.weights = torch.tensor(weights)
@@ -77,8 +81,27 @@ class Metrics:
         self.terminal = sys.stderr.isatty()
         if world.first:
             self.file = (folder / "metrics.jsonl").open("a")
-            self.board = SummaryWriter(str(folder / "tb"), purge_step=first_step)
-            self.bar = tqdm(total=steps, desc=stage, disable=not self.terminal, unit="step")
+            self.board = SummaryWriter(str(folder / "tb"), purge_step=first_step + done)
+            self.bar = tqdm(
+                total=steps, initial=done, desc=stage, disable=not self.terminal, unit="step"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What of this process has not been logged yet."""
+        return {
+            "sums": self.sums.tolist(),
+            "samples": float(self.samples),
+            "pending": self.pending,
+            "seconds": time.perf_counter() - self.since,
+        }
+
+    def go_on(self, states: list[dict[str, Any]]) -> None:
+        """From the states of all processes, which may have been more or fewer."""
+        for state in states[self.world.rank :: self.world.size]:
+            self.sums += torch.tensor(state["sums"], device=self.sums.device)
+        self.samples.fill_(states[0]["samples"])
+        self.pending = states[0]["pending"]
+        self.since -= states[0]["seconds"]
 
     def add(self, shares: Tensor) -> None:  # [terms]
         """One micro-batch's share of every term."""
@@ -117,7 +140,9 @@ class Metrics:
                 "rows_per_s": float(self.samples) / seconds,
                 "teacher_share": teacher / seconds,
                 "peak_gib": peak_gib(self.world.device),
+                "skipped_steps": engine.skipped_steps,
             }
+            row = {key: value if finite(value) else None for key, value in row.items()}
             self.write(self.first_step + step, row)
             self.show(step, row)
         self.sums.zero_()
@@ -134,8 +159,12 @@ class Metrics:
 
     def show(self, step: int, row: dict[str, Any]) -> None:
         losses = "  ".join(
-            f"{key.removeprefix('loss/')} {row[key]:.4g}" for key in row if key.startswith("loss/")
+            f"{key.removeprefix('loss/')} {'-' if row[key] is None else format(row[key], '.4g')}"
+            for key in row
+            if key.startswith("loss/")
         )
+        if row["skipped_steps"]:
+            losses += f"  skipped {row['skipped_steps']}"
         if opened := [key.removeprefix("open/") for key in self.open_layers if row[key]]:
             losses += f"  open: {' '.join(opened)}"
         if self.terminal:
@@ -158,6 +187,28 @@ class Metrics:
             self.bar.close()
             self.file.close()
             self.board.close()
+
+
+def finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def drop_logged(folder: Path, done: int) -> None:
+    """Remove from metrics.jsonl what steps after the first `done` have written: they are made
+    again."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            # The line that was being written when the run ended.
+            continue
+        if logged < done:
+            kept.append(line)
+    write_whole(path, "".join(kept))
 
 
 def peak_gib(device: torch.device) -> float:

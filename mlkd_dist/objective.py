@@ -25,6 +25,7 @@ from mlkd_dist.schedule import Opening
 from mlkd_dist.schema import LossSchema, loss_schema
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import LAYER_READS, Needs, Samples, Trace
+from mlkd_dist.watch import Watch
 
 ROW_KINDS = ("token", "sample", "label")
 # Options that this file acts on; the rest go to the loss.
@@ -211,9 +212,9 @@ class Objective:
                 maps[term.projection_key(layer)] = linear
         return maps
 
-    def global_rows(self, batches: list[Batch]) -> dict[str, Tensor]:
+    def global_rows(self, batches: list[Batch], watch: Watch | None = None) -> dict[str, Tensor]:
         """How many rows count in this step, over all micro-batches and processes. One small
-        all-reduce."""
+        all-reduce, which also carries what the processes have to agree on."""
         counts = torch.stack(
             [
                 torch.stack([batch.mask.sum(), batch.samples, batch.label_keep.sum()]).to(
@@ -222,8 +223,14 @@ class Objective:
                 for batch in batches
             ]
         ).sum(0)
-        counts = all_reduce(counts).clamp_min(1).float()
-        return dict(zip(ROW_KINDS, counts.unbind(), strict=True))
+        if watch is None:
+            counts = all_reduce(counts)
+        else:
+            counts, flags = all_reduce(torch.cat([counts, watch.flags()])).tensor_split(
+                [len(counts)]
+            )
+            watch.sum_flags(flags)
+        return dict(zip(ROW_KINDS, counts.clamp_min(1).float().unbind(), strict=True))
 
     def peers(
         self, batches: list[Batch], seen: list[Trace], student: list[dict[str, Tensor]] | None

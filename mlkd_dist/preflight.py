@@ -12,20 +12,14 @@ from mlkd_dist import tasks
 from mlkd_dist.config import Config, FromTeacherConfig, UserError
 from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.finetune import with_finetuned_teacher
 from mlkd_dist.head import check_linear_head
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.roles import FAMILIES
-from mlkd_dist.run import (
-    Run,
-    check_folder,
-    class_count,
-    headless_student,
-    on_first,
-    user_errors,
-)
+from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
@@ -35,11 +29,12 @@ from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_kernels import choose
 
 
-def check_start(config: Config, world: World) -> None:
-    """What is refused before anything is trained or written, a teacher to fine-tune included."""
+def check_start(config: Config, world: World) -> str:
+    """What is refused before anything is trained or written, a teacher to fine-tune included;
+    returns what the run folder holds."""
 
-    def check() -> None:
-        check_folder(config)
+    def check() -> str:
+        found = standing(with_finetuned_teacher(config))
         try:
             choose(config.kernels)
         except ValueError as error:
@@ -50,8 +45,9 @@ def check_start(config: Config, world: World) -> None:
             paths = config.teacher.path, config.student.path
             tokenizers = [read_tokenizer(path, config.trust_remote_code) for path in paths]
             refuse_other_tokenizer(*tokenizers, *paths)
+        return found
 
-    on_first(world, user_errors(check))
+    return on_first(world, user_errors(check))
 
 
 def check_attention(config: Config) -> None:

@@ -1,8 +1,10 @@
 """What all stages of a run share, and the folder it writes to."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,18 +13,23 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from mlkd_dist import commit, tasks
 from mlkd_dist import config as configs
-from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.engine import World, broadcast_object
 from mlkd_dist.model import lacks_head, read_config
+from mlkd_dist.settings import differences, mathematics, paths, read_back
 from mlkd_dist.student import make_student
 
 # What a run writes into its folder; where anything else lies, the folder is nobody's to empty.
 RUN_FILES = (
     "config.yaml",
+    "config.yaml.partial",
+    "lock",
     "metrics.jsonl",
+    "metrics.jsonl.partial",
     "report.json",
+    "report.json.partial",
     "tb",
     "student",
     "checkpoints",
@@ -80,28 +87,99 @@ def source(config: Config) -> str:
     return config.student.path or config.teacher.path
 
 
-def check_folder(config: Config) -> None:
-    """UserError where the run folder cannot be had, or holds what may not be replaced. Changes
-    nothing."""
-    folder = Path(config.run.dir)
+NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
+
+
+def standing(config: Config) -> str:
+    """What the run folder holds for this config: NEW (nothing, or what may be replaced), or this
+    very run, UNFINISHED or FINISHED. UserError where the folder cannot be had, or holds what may
+    not be replaced. Changes nothing."""
+    folder, settings = Path(config.run.dir), config.run
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
-            f"run.dir: {config.run.dir!r} cannot be written, since {str(nearest)!r} is a file or "
+            f"run.dir: {settings.dir!r} cannot be written, since {str(nearest)!r} is a file or "
             f"write-protected; choose another folder."
         )
-    if not folder.exists() or not any(folder.iterdir()):
-        return
+    # Before config.yaml, a new run writes these.
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {"student", "lock"}:
+        return NEW
     if other := not_of_a_run(folder):
         raise UserError(
-            f"run.dir: {config.run.dir!r} holds files that are no run, among them {other!r}; "
+            f"run.dir: {settings.dir!r} holds files that are no run, among them {other!r}; "
             f"choose another folder."
         )
-    if not config.run.overwrite:
+    if settings.resume == "never":
+        if settings.overwrite:
+            return NEW
         raise UserError(
-            f"run.dir: {config.run.dir!r} holds an earlier run; choose another folder, or replace "
-            f"it with run.overwrite=true."
+            f"run.dir: {settings.dir!r} holds an earlier run, which run.resume=never does not go "
+            f"on with; choose another folder, or replace it with run.overwrite=true."
         )
+    finished = (folder / "report.json").exists()
+    # Where there are checkpoints, these tell what the paths held.
+    by_name = finished or not commit.names(folder / "checkpoints")
+    changed = other_settings(config, by_name)
+    if changed and settings.resume != "changed":
+        if settings.overwrite:
+            return NEW
+        raise UserError(
+            f"run.dir: {settings.dir!r} holds an earlier run with other settings "
+            f"({told(changed)}); choose another folder, replace it with run.overwrite=true, or go "
+            f"on from it with run.resume=changed."
+        )
+    if finished and not changed:
+        return NEW if settings.overwrite else FINISHED
+    return UNFINISHED
+
+
+def other_settings(config: Config, by_name: bool) -> list[str]:
+    """What of the run there differs in its mathematics, and with `by_name` in its sources."""
+    theirs = read_back(Path(config.run.dir) / "config.yaml")
+    if theirs is None:
+        return ["config.yaml cannot be read"]
+    ours, theirs = (
+        mathematics(each) | (paths(each) if by_name else {}) for each in (config, theirs)
+    )
+    return differences(theirs, ours)
+
+
+def told(changes: list[str]) -> str:
+    return "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+@contextmanager
+def alone(folder: Path, world: World) -> Iterator[None]:
+    """While open, no other program on this file system writes to the run folder. The system drops
+    the lock with the process, however that ends."""
+
+    path = folder / "lock"
+
+    def lock() -> Any:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Else it is one that was removed in between.
+            held = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UserError(
+                f"run.dir: another program is at work in {str(folder)!r}; wait for it or end it."
+            )
+        return file
+
+    held: list[Any] = []
+    on_first(world, user_errors(lambda: held.append(lock())))
+    try:
+        yield
+    finally:
+        for file in held:
+            path.unlink(missing_ok=True)
+            file.close()
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def not_of_a_run(folder: Path) -> str | None:
@@ -114,12 +192,11 @@ def not_of_a_run(folder: Path) -> str | None:
 
 
 def make_folder(config: Config, world: World) -> str:
-    """The run folder, with the resolved config in it, instead of what an earlier run left there;
-    returns the folder of the student that training starts from. Both are made beside it first:
-    where the student cannot be cut, the earlier run is still there."""
+    """The run folder of a new run, with the resolved config in it, instead of what an earlier run
+    left there; returns the folder of the student that training starts from. Both are made beside
+    it first: where the student cannot be cut, the earlier run is still there."""
 
     def make() -> str:
-        check_folder(config)
         folder = Path(config.run.dir)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
@@ -128,8 +205,10 @@ def make_folder(config: Config, world: World) -> str:
             student_path = starting_student(config, new) or str(folder / "student")
             folder.mkdir(exist_ok=True)
             for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            for made in new.iterdir():
+                if left.name != "lock":
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            # Last the config, by which a folder is known to hold a run.
+            for made in sorted(new.iterdir(), key=lambda path: path.name == "config.yaml"):
                 made.rename(folder / made.name)
         return student_path
 

@@ -48,6 +48,8 @@ class Study:
 METHOD_KEYS, BUDGET_KEYS = ("student", "stages"), ("data", "batch", "optim")
 # What of the study may be set on the command line; other keys there are the base's.
 WORDS = ("seeds", "baseline", "dir", "jobs", "overwrite")
+# What each run gets from the study.
+RUN_KEYS = ("dir", "seed", "overwrite", "resume")
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 # First line of the copy that is kept in the study's folder, by which that is known.
 HEADER = "# The study of this folder, written by mlkd_dist.\n"
@@ -102,7 +104,7 @@ def plan(path: str | Path, words: list[str] = ()) -> Plan:
     here = Path(path).parent
     file, base = read_base(study, here, over_base)
     base_config = checked("base", base)
-    # A teacher that is there in part is made again; a finished one of other settings is refused.
+    # A teacher of other settings that is not finished is made anew; a finished one is refused.
     base_config.run.dir, base_config.run.overwrite = str(Path(study.dir) / "base"), True
     finetune = base_config.teacher.finetune
     if finetune is not None and finetune.dir is None:
@@ -176,7 +178,7 @@ def read_base(study: Study, here: Path, words: list[str]) -> tuple[dict[str, Any
     changes = dict(study.base)
     file = changes.pop("config", None)
     for key in [*words, *(changes if file is not None else ())]:
-        if top(str(key)) == "run":
+        if str(key).partition("=")[0] in ("run", *(f"run.{name}" for name in RUN_KEYS)):
             raise UserError(
                 f"{key}: a study gives each run its own folder and seed; use dir, seeds and "
                 f"overwrite."
@@ -248,7 +250,8 @@ def planned(
 def own_folder(run: Planned, study: Study, base: Config) -> None:
     """Its folder and seed, and the teacher of all."""
     folder = Path(study.dir) / "runs" / run.name
-    run.config.run.dir, run.config.run.seed, run.config.run.overwrite = str(folder), run.seed, True
+    run.config.run.dir, run.config.run.seed = str(folder), run.seed
+    run.config.run.overwrite, run.config.run.resume = True, "auto"
     if base.teacher.finetune is not None:
         run.config.teacher.finetune.dir = teacher_folder(base)
 

@@ -2,6 +2,7 @@
 `mlkd distill`."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,12 @@ from mlkd_dist import config as configs
 from mlkd_dist.config import UserError
 from mlkd_dist.finetune import finetune_config
 from mlkd_dist.finetune import finished as teacher_finished
+from mlkd_dist.signals import REQUEUE, SIGNALS
 from mlkd_dist.study import Plan, Planned, plan
 from mlkd_dist.study_folder import alone, check_folder, finished, save
 from mlkd_dist.study_results import write_plots, write_results
 
 PROGRAM = [sys.executable, "-m", "mlkd_dist.cli"]
-# Of a program that was asked to stop, and goes on when it is started again.
-STOPPED = 75
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(path: str, words: list[str]) -> int:
@@ -79,7 +78,7 @@ def make_runs(asked: Plan, reused: list[Planned], children: "Children") -> int:
     waiting = [run for run in asked.runs if run not in reused]
     worst, count = 0, len(reused)
     while waiting or children.running:
-        if worst in (2, STOPPED) or children.stopped:
+        if worst in (2, REQUEUE) or children.stopped:
             waiting.clear()
         while waiting and children.free:
             run = waiting.pop(0)
@@ -90,21 +89,23 @@ def make_runs(asked: Plan, reused: list[Planned], children: "Children") -> int:
         for run, code in children.ended():
             if code == 0:
                 count += 1
+                # Each as large as six students; nothing goes on from a finished run.
+                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
                 print(f"[{count}/{len(asked.runs)}] {run.name}", flush=True)
                 write_results(asked)
             told = told_failure(code, run.folder.with_name(f"{run.folder.name}.log"))
-            worst = told if worst == 0 or told in (2, STOPPED) else worst
-    return STOPPED if children.stopped and count < len(asked.runs) else worst
+            worst = told if worst == 0 or told in (2, REQUEUE) else worst
+    return REQUEUE if children.stopped and count < len(asked.runs) else worst
 
 
 def told_failure(code: int, log: Path) -> int:
     """What a child that did not end well means for the study: the user's mistake (2), a stop
-    (STOPPED), else 1."""
+    (REQUEUE), else 1."""
     if code == 0:
         return 0
-    if code == STOPPED:
+    if code == REQUEUE:
         print("mlkd: stopped on request; start it again to go on.", file=sys.stderr)
-        return STOPPED
+        return REQUEUE
     lines = log.read_text(errors="replace").splitlines()
     if code == 2 and (said := [line for line in lines if line.startswith("mlkd: error: ")]):
         print(said[-1], file=sys.stderr)
@@ -174,4 +175,4 @@ class Children:
     def verdict(self, child: subprocess.Popen) -> int:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        return STOPPED if self.stopped and child.returncode else child.returncode
+        return REQUEUE if self.stopped and child.returncode else child.returncode

@@ -98,6 +98,7 @@ def check_values(config: Config) -> None:
     )
     one_of("optim.schedule", config.optim.schedule, ["linear", "cosine", "constant"])
     one_of("kernels", config.kernels, ["auto", "triton", "streamed", "eager"])
+    one_of("run.resume", config.run.resume, ["auto", "changed", "never"])
     for key, value, low in (
         ("launch.processes", config.launch.processes, 1),
         ("batch.micro_batch", config.batch.micro_batch, 1),
@@ -105,6 +106,8 @@ def check_values(config: Config) -> None:
         ("batch.evaluation", config.batch.evaluation, 1),
         ("log_every", config.log_every, 1),
         ("run.seed", config.run.seed, 0),
+        ("run.keep_checkpoints", config.run.keep_checkpoints, 1),
+        ("run.max_skipped", config.run.max_skipped, 1),
         ("optim.lr", config.optim.lr, 0),
         ("optim.warmup", config.optim.warmup, 0),
         ("optim.weight_decay", config.optim.weight_decay, 0),
@@ -113,6 +116,9 @@ def check_values(config: Config) -> None:
         ("data.workers", config.data.workers, 0),
     ):
         at_least(key, value, low)
+    for key in ("checkpoint_every", "checkpoint_minutes", "time_limit"):
+        if (value := getattr(config.run, key)) is not None:
+            above(f"run.{key}", value, 0)
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
         at_least("data.train_rows", config.data.train_rows, 1)

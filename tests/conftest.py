@@ -171,15 +171,19 @@ def run_config(
 
 
 def launch(configs: list[dict], folder: Path, world: int = 1) -> None:
-    """Run the configs one after the other in `world` processes; the output is shown where one
-    fails."""
-    from mlkd_dist.engine import free_port
-
+    """Run the configs one after the other in `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, config in enumerate(configs):
         paths.append(folder / f"{i}.yaml")
         paths[-1].write_text(yaml.safe_dump(config))
+    start("many_runs.py", [*map(str, paths)], folder, world)
+
+
+def start(program: str, words: list[str], folder: Path, world: int = 1) -> None:
+    """A program of this folder in `world` processes; the output is shown where one fails."""
+    from mlkd_dist.engine import free_port
+
     shared = {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -190,7 +194,7 @@ def launch(configs: list[dict], folder: Path, world: int = 1) -> None:
     processes = []
     for rank in range(world):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(ROOT / "tests" / "many_runs.py"), *map(str, paths)]
+        command = [sys.executable, str(ROOT / "tests" / program), *words]
         log = (folder / f"rank{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:

@@ -312,6 +312,7 @@ def test_a_logged_row_is_complete(runs: dict) -> None:
         "teacher_share",
         "peak_gib",
         "backend",
+        "skipped_steps",
     }
     assert set(row) == losses | rest and row["backend"] == choose("auto")
     assert 0 < row["teacher_share"] < 1 and row["rows_per_s"] > 0 and row["peak_gib"] > 0

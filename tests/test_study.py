@@ -69,7 +69,7 @@ def written(tmp_path: Path, bert: Path) -> Any:
 
 def test_every_method_meets_every_budget_and_seed(written: Any, tmp_path: Path) -> None:
     budgets = {"few": {"data.train_rows": 4, "optim.lr": 1e-3}, "all": None}
-    asked = plan(written(budgets=budgets), ["batch.micro_batch=2", "seeds=[3,5]"])
+    asked = plan(written(budgets=budgets), ["run.checkpoint_every=2", "seeds=[3,5]"])
     names = [(run.seed, run.budget, run.method) for run in asked.runs]
     assert names == [(s, b, m) for s in (3, 5) for b in ("few", "all") for m in ("soft", "hidden")]
     for run in asked.runs:
@@ -78,7 +78,7 @@ def test_every_method_meets_every_budget_and_seed(written: Any, tmp_path: Path) 
         assert config.run.seed == run.seed
         few = (4, 1e-3) if run.budget == "few" else (None, 1e-2)
         assert (config.data.train_rows, config.optim.lr) == few
-        assert config.batch.micro_batch == 2
+        assert (config.run.checkpoint_every, config.run.resume) == (2, "auto")
         assert [*config.stages[0].losses] == [{"soft": "soft_labels"}.get(run.method, "hidden_mse")]
     assert asked.study.baseline == "soft"
     losses = "stages[0].losses."
@@ -162,6 +162,7 @@ def test_a_mistake_gets_one_sentence(
     [
         ("methods.hidden=null", ["methods is given in the study's file", "optim.lr=1e-4"]),
         ("run.dir=elsewhere", ["run.dir", "use dir, seeds"]),
+        ("run.resume=changed", ["run.resume", "use dir, seeds"]),
         ("optim.lrr=1", ["base: optim.lrr: no such key"]),
         ("seeds=3", ["seeds: 3 is not allowed", "a list"]),
     ],
@@ -448,6 +449,7 @@ def test_a_study_of_real_runs(
         assert config.run.seed == int(folder.name[-1])
         assert asdict(config)["teacher"]["path"] == str(tmp_path / "study" / "teacher" / "export")
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
+        assert not (folder / "checkpoints").exists()
     # Seeds are seen by dropout and the order of the data.
     totals = [found["losses"]["all"]["total"] for found in first["runs"]]
     assert len(set(totals)) == 4

@@ -1,0 +1,125 @@
+"""The deepspeed launcher as a child that can be asked to stop and whose word is checked.
+
+On its own (0.19.8, one machine) it dies of a signal and leaves its processes running, it kills them
+30 s after one, whatever they are saving, and it reports success where its own child was killed. So
+signals go to the training processes themselves, these leave their exit codes in a folder, and what
+is left over when the launcher is gone is ended here.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from mlkd_dist.signals import REQUEUE, SAME_SIGNAL, SIGNALS, VERDICTS
+
+# Seconds that the processes have to save, once they are to stop and nobody else waits for them.
+GRACE = 300.0
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Launch:
+    """One start of the launcher with `processes` training processes."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], processes: int, told: Path):
+        self.processes, self.told = processes, told
+        self.asked: float | None = None
+        self.ended_by: int | None = None
+        # Its processes become ours when it dies before them.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.child = subprocess.Popen(
+            command,
+            env=environment | {VERDICTS: str(told)},
+            # A session of its own, so that a terminal's Ctrl-C comes here alone and the group can
+            # be ended as one; USR1 may be sent to all processes of a job, and would kill launchers.
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        )
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked is not None and now - self.asked <= SAME_SIGNAL:
+            return
+        second, self.asked = self.asked is not None, now
+        # Before all of them are up nothing is there to save.
+        if second or len(self.numbers("pid")) < self.processes:
+            self.ended_by = number if second else None
+            self.end()
+        else:
+            self.ask()
+
+    def ask(self) -> None:
+        for number in self.numbers("pid").values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGUSR1)
+
+    def end(self) -> None:
+        """All that the launcher has started, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+
+    def numbers(self, kind: str) -> dict[int, int]:
+        """What each process has told: its pid, or the code with which it ends."""
+        found = {}
+        for path in self.told.glob(f"*.{kind}"):
+            # A file that is just being written is empty.
+            if text := path.read_text():
+                found[int(path.stem)] = int(text)
+        return found
+
+    def alive(self) -> bool:
+        """Whether anything that the launcher started still runs."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        try:
+            os.killpg(self.child.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def wait(self) -> int:
+        """Until everything has ended; the exit code of the whole."""
+        code = self.child.wait()
+        if self.alive():
+            self.ask()
+        until = time.monotonic() + GRACE
+        while self.alive() and time.monotonic() < until:
+            time.sleep(0.1)
+        self.end()
+        return self.verdict(code)
+
+    def verdict(self, code: int) -> int:
+        if self.ended_by is not None:
+            return 128 + self.ended_by
+        codes = self.numbers("code")
+        if len(codes) == self.processes and len(set(codes.values())) == 1:
+            return codes.popitem()[1]
+        if self.asked is not None and not codes:
+            return REQUEUE
+        if code == 0:
+            print(
+                f"mlkd: error: the launcher reports success, but of {self.processes} processes "
+                f"only {len(codes)} came to an end of their own.",
+                file=sys.stderr,
+            )
+            return 1
+        return code if code > 0 else 128 - code
+
+
+def launched(command: list[str], environment: dict[str, str], processes: int) -> int:
+    with TemporaryDirectory(prefix="mlkd-") as told:
+        launch = Launch(command, environment, processes, Path(told))
+        before = {number: signal.signal(number, launch.handle) for number in SIGNALS}
+        try:
+            return launch.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,80 @@
+"""Being asked to stop: what a launcher and its processes agree on. Imports nothing heavy."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+# Exit code: stopped on request, with all that there was to save in a checkpoint.
+REQUEUE = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Seconds in which further signals count as the same one: launchers and schedulers pass on what has
+# come to everybody already.
+SAME_SIGNAL = 3.0
+# Names the folder in which the processes of `mlkd` leave their pids and exit codes.
+VERDICTS = "MLKD_VERDICTS"
+PR_SET_PDEATHSIG = 1
+
+
+class Signals:
+    """Handlers that set a flag while there is something to save; before and after that they end
+    the process, since whatever it had to save is saved."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.training = False
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self.handle)
+        if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+            # A launcher that is killed tells its processes nothing.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        tell("pid", os.getpid())
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.training:
+            leave(REQUEUE)
+        if self.first is None:
+            self.first = now
+        elif now - self.first > SAME_SIGNAL:
+            leave(128 + number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While open, a signal only sets `came`; the second one ends the process."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
+        # It came when the last step was over: all is saved.
+        if self.came:
+            leave(REQUEUE)
+
+    @property
+    def came(self) -> bool:
+        return self.first is not None
+
+
+SIGNALLED = Signals()
+
+
+def tell(kind: str, number: int) -> None:
+    """To the `mlkd` that started this process, if one did."""
+    if folder := os.environ.get(VERDICTS):
+        Path(folder, f"{os.environ['RANK']}.{kind}").write_text(str(number))
+
+
+def leave(code: int) -> None:
+    """At once: a process that waits for others cannot be unwound."""
+    tell("code", code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

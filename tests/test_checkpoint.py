@@ -1,0 +1,146 @@
+"""What a checkpoint does when a disk is full, what makes a run stop, and who may write to its
+folder; in one process without a process group."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from mlkd_dist import checkpoint, run, watch
+from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
+from mlkd_dist.config import RunConfig, UserError
+from mlkd_dist.engine import World
+from mlkd_dist.signals import Signals
+from mlkd_dist.watch import Diverged, Watch
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
+    monkeypatch.setattr(checkpoint, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(checkpoint, "broadcast_object", lambda value: value)
+    return Checkpoints(tmp_path, ALONE, keep=2)
+
+
+def write(folder: Path) -> list[str]:
+    (folder / "rank-00000.safetensors").write_bytes(b"weights")
+    return ["rank-00000.safetensors"]
+
+
+def full(folder: Path) -> list[str]:
+    write(folder)
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(checkpoints: Checkpoints) -> None:
+    checkpoints.commit(Position(0, 10), write, {"stage_done": False})
+    with pytest.raises(NotSaved, match="process 0: .*No space left"):
+        checkpoints.commit(Position(0, 20), full, {"stage_done": False})
+    assert sorted(path.name for path in checkpoints.root.iterdir()) == ["LATEST", "step-000010"]
+    assert position(checkpoints.newest()) == Position(0, 10, name="step-000010")
+
+
+def test_the_end_of_a_stage_is_the_start_of_the_next(checkpoints: Checkpoints) -> None:
+    checkpoints.commit(Position(0, 10), write, {"stage_done": True})
+    at = position(checkpoints.newest())
+    assert at == Position(1, 0, 10, start="step-000010")
+    checkpoints.commit(Position(1, 3, 10, "step-000010"), write, {"stage_done": False})
+    at = position(checkpoints.newest())
+    assert at == Position(1, 3, 10, "step-000010", "step-000013") and at.done == 13
+    # Without what its stage started from it cannot be gone on with, nor can anything else here.
+    (checkpoints.root / "step-000010" / "rank-00000.safetensors").unlink()
+    with pytest.raises(UserError, match="step-000010, which its stage started from: .*missing"):
+        checkpoints.newest()
+
+
+def test_steps_in_a_row_that_are_skipped_stop_a_run() -> None:
+    looked_at = Watch(RunConfig(max_skipped=3), ALONE)
+    looked_at.begin_stage(skipped=5)
+    for done, skipped in enumerate([5, 6, 7, 7, 8, 9], start=1):
+        looked_at.sum_flags(looked_at.flags())
+        looked_at.after_step(done, skipped)
+    looked_at.sum_flags(looked_at.flags())
+    with pytest.raises(Diverged):
+        looked_at.after_step(7, 10)
+
+
+def test_minutes_and_steps_decide_when_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    looked_at = Watch(RunConfig(checkpoint_every=5, checkpoint_minutes=1), ALONE)
+    saved = []
+    for done in range(1, 13):
+        now += 11
+        looked_at.sum_flags(looked_at.flags())
+        looked_at.after_step(done, 0)
+        if looked_at.time_to_save:
+            saved.append(done)
+            looked_at.has_saved()
+    assert saved == [5, 10] and not looked_at.stop
+    looked_at = Watch(RunConfig(checkpoint_minutes=1), ALONE)
+    now += 61
+    # What another process asks for arrives in the sum.
+    looked_at.sum_flags(looked_at.flags() + torch.tensor([1, 0]))
+    looked_at.after_step(1, 0)
+    assert looked_at.stop and looked_at.time_to_save
+
+
+def test_a_second_signal_ends_a_process_and_an_echo_does_not() -> None:
+    program = (
+        "import signal, sys, time\n"
+        "from mlkd_dist import signals\n"
+        "signals.SAME_SIGNAL = 0.5\n"
+        "signals.SIGNALLED.install()\n"
+        "with signals.SIGNALLED.deferred():\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.05)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+
+
+def test_outside_training_there_is_nothing_to_wait_for() -> None:
+    assert not Signals().came
+    if (child := os.fork()) == 0:
+        signals = Signals()
+        signals.install()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+
+
+def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "on_first", lambda world, work: work())
+    folder = tmp_path / "run"
+    with run.alone(folder, ALONE):
+        (folder / "config.yaml").write_text("")
+        with pytest.raises(UserError, match="another program is at work"):
+            with run.alone(folder, ALONE):
+                raise AssertionError
+    with run.alone(folder, ALONE):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    # A run that is refused leaves no folder behind.
+    with run.alone(tmp_path / "other", ALONE):
+        pass
+    assert not (tmp_path / "other").exists()
