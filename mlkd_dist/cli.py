@@ -1,4 +1,4 @@
-"""`mlkd`: distill, finetune, evaluate, bench, plan, export. Outside a launcher it starts
+"""`mlkd`: distill, finetune, evaluate, bench, plan, export, study. Outside a launcher it starts
 deepspeed's for more than one process."""
 
 import argparse
@@ -37,9 +37,12 @@ def main() -> int:
         )
     add_export(commands)
     add_plan(commands)
+    add_study(commands)
     given = parser.parse_args()
     if given.command == "plan":
         return run_plan(given)
+    if given.command == "study":
+        return run_study(given)
     if given.command == "export":
         return run_export(given)
     path = given.config
@@ -103,6 +106,25 @@ def run_plan(given: argparse.Namespace) -> int:
 
         print(plan(given.config, given.settings))
         return 0
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_study(commands: Any) -> None:
+    text = "methods x seeds x budgets on one task: runs, a table of means and spreads, plots"
+    command = commands.add_parser("study", help=text, description=text)
+    command.add_argument("study", help="a YAML file; see configs/studies/ and mlkd_dist/study.py")
+    command.add_argument(
+        "settings", nargs="*", metavar="key=value", help="over the base of all runs, or seeds=[0,1]"
+    )
+
+
+def run_study(given: argparse.Namespace) -> int:
+    from mlkd_dist.study_runs import main as study
+
+    try:
+        return study(given.study, given.settings)
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
         return 2

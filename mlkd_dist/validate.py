@@ -122,6 +122,8 @@ def check_values(config: Config) -> None:
         if (value := getattr(config.run, key)) is not None:
             above(f"run.{key}", value, 0)
     share("data.validation_fraction", config.data.validation_fraction)
+    if config.data.train_rows is not None:
+        at_least("data.train_rows", config.data.train_rows, 1)
     above("optim.eps", config.optim.eps, 0)
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
