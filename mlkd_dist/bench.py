@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlkd_dist import __version__, distill, tasks
+from mlkd_dist import __version__, tasks
 from mlkd_dist.config import Config, StageConfig, UserError
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import Engine, World, barrier, gather_objects, student_engine
@@ -36,6 +36,7 @@ from mlkd_dist.preflight import check_start, prepared
 from mlkd_dist.run import Run, class_count, on_first, source, starting_student, user_errors
 from mlkd_dist.schedule import learning_rate, total_steps
 from mlkd_dist.schema import loss_options, loss_schema
+from mlkd_dist.stage import stage_objective, stage_teacher, train_step, trainable
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
@@ -120,7 +121,7 @@ class Bench:
             self.teacher.needs = self.variants[variant].needs(1).union(Needs(model=head))
 
     def step(self, variant: str, index: int, metrics: TeacherTime) -> None:
-        distill.train_step(
+        train_step(
             self.teacher,
             self.engine,
             self.variants[variant],
@@ -301,9 +302,9 @@ def prepare(run: Run, stage: StageConfig, index: int, student_path: str) -> Benc
     """The stage's models as `distill` makes them. All its layers are open."""
     config, world = run.config, run.world
     micro_batches = some_batches(run, index)
-    objective = distill.stage_objective(run, stage, student_path)
-    teacher = distill.stage_teacher(run, objective)
-    student = Student(distill.trainable(run, student_path), objective)
+    objective = stage_objective(run, stage, student_path)
+    teacher = stage_teacher(run, objective)
+    student = Student(trainable(run, student_path), objective)
     schedule = learning_rate(config.optim, stage_steps(run, stage, index))
     lr = config.optim.lr if stage.lr is None else stage.lr
     engine = student_engine(student.to(world.device), config, schedule, lr)

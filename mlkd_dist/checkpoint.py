@@ -7,7 +7,6 @@ its projections. Nothing in either is code, and the teacher is in neither.
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlkd_dist import commit
+from mlkd_dist import commit, verify
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
+from mlkd_dist.engine import Engine, World, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
 from mlkd_dist.shards import read_shards, shapes, write_shard
 
@@ -163,7 +162,7 @@ class Checkpoints:
     def prune(self, name: str, manifest: dict[str, Any]) -> None:
         """Remove what is old, now that a newer checkpoint verifies."""
         try:
-            self.verify(name, manifest)
+            verify.check(self.root, self.world, name, manifest)
         except Rejected as error:
             raise NotSaved(f"{name} was damaged while it was written: {error}") from error
         self.agreed((lambda: commit.prune(self.root, self.keep)) if self.world.first else nothing)
@@ -180,79 +179,8 @@ class Checkpoints:
         return [value for _, value in outcomes]
 
     def newest(self) -> dict[str, Any] | None:
-        """The manifest of the newest checkpoint that is sound, those that are not named on the
-        terminal and set aside. None where none was ever committed; UserError where there were some
-        and none is sound."""
-        found = broadcast_object(commit.names(self.root) if self.world.first else None)
-        rejected: dict[str, str] = {}
-        for name in found:
-            try:
-                manifest = self.verified(name)
-            except Rejected as error:
-                rejected[name] = str(error)
-                continue
-            self.set_aside(rejected)
-            return manifest
-        last = broadcast_object(commit.latest(self.root) if self.world.first else None)
-        if found or last is not None:
-            why = [f"{name}: {reason}" for name, reason in rejected.items()]
-            raise UserError(
-                f"run.dir: {str(self.folder)!r} has no sound checkpoint "
-                f"({'; '.join(why) or f'{last!r}, the latest, is gone'}); bring one back, or start "
-                f"again with run.resume=never run.overwrite=true."
-            )
-        return None
-
-    def set_aside(self, rejected: dict[str, str]) -> None:
-        if self.world.first:
-            for name, reason in rejected.items():
-                print(
-                    f"mlkd: warning: checkpoint {name} is not used: {reason}; it is kept as "
-                    f"{name}{commit.REJECTED}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                commit.reject(self.root, name)
-
-    def verified(self, name: str) -> dict[str, Any]:
-        """The manifest of a checkpoint that is sound, with the one that its stage started from.
-        Raises Rejected on all processes."""
-        manifest = self.on_first_or_rejected(lambda: commit.read_manifest(self.root / name))
-        self.verify(name, manifest)
-        if start := manifest["start"]:
-            try:
-                self.verify(
-                    start,
-                    self.on_first_or_rejected(lambda: commit.read_manifest(self.root / start)),
-                )
-            except Rejected as error:
-                raise Rejected(f"{start}, which its stage started from: {error}") from error
-        return manifest
-
-    def verify(self, name: str, manifest: dict[str, Any]) -> None:
-        """The files are shared out over the processes."""
-        folder = self.root / name
-        self.on_first_or_rejected(lambda: commit.check_names(folder, manifest))
-        files = sorted(manifest["files"])[self.world.rank :: self.world.size]
-        try:
-            commit.check_files(folder, manifest, files)
-            problem = None
-        except Rejected as error:
-            problem = str(error)
-        if problems := [text for text in gather_objects(problem) if text is not None]:
-            raise Rejected(problems[0])
-
-    def on_first_or_rejected(self, work: Callable[[], Any]) -> Any:
-        outcome = None
-        if self.world.first:
-            try:
-                outcome = ("done", work())
-            except Rejected as error:
-                outcome = ("rejected", str(error))
-        kind, value = broadcast_object(outcome)
-        if kind == "rejected":
-            raise Rejected(value)
-        return value
+        """See verify.newest."""
+        return verify.newest(self.folder, self.root, self.world)
 
     def load(self, at: Position, engine: Engine, kept: dict[str, Stateful]) -> list[Any]:
         """Put what `save` saved into a new engine of any layout; returns the metrics of each of the

@@ -1,5 +1,5 @@
-"""`mlkd`: distill, finetune, evaluate, bench, plan, export, study. Outside a launcher it starts
-deepspeed's for more than one process."""
+"""`mlkd`: distill, supervise, finetune, evaluate, bench, plan, export, study. Outside a launcher it
+starts deepspeed's for more than one process."""
 
 import argparse
 import json
@@ -11,9 +11,12 @@ from mlkd_dist import __version__
 from mlkd_dist.config import Config, UserError, load
 from mlkd_dist.finetune import finetune_config
 from mlkd_dist.launcher import launched
+from mlkd_dist.supervise import supervise
+from mlkd_dist.versions import check_versions
 
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
+    "supervise": "distill, started again after whatever ends it, while there is progress",
     "finetune": "train the teacher of a config on the task's labels",
     "bench": "time the step of each stage beside its floor, and each loss; see bench.rounds",
     "evaluate": "report on a run that is done; CONFIG may be its folder",
@@ -51,12 +54,15 @@ def main() -> int:
         given.settings.insert(0, f"run.dir={json.dumps(path)}")
         path = os.path.join(path, "config.yaml")
     try:
+        check_versions()
         config = load(path, given.settings)
         if given.command == "finetune" or config.teacher.finetune is not None:
             finetune_config(config)
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
         return 2
+    if given.command == "supervise":
+        return supervise(config, path, given.settings)
     words = ["--command", given.command, path, *given.settings]
     if config.launch.processes > 1 and "RANK" not in os.environ:
         return launch(config, words)

@@ -53,6 +53,11 @@ class RunConfig:
 class LaunchConfig:
     processes: int = 1
     """Processes on this machine; with more than one `mlkd` starts the deepspeed launcher."""
+    restarts: int = 20
+    """How often `mlkd supervise` starts the run again at most."""
+    timeout: float = 300.0
+    """Seconds that a process waits for the others within a step, after the first one; then the run
+    ends. While data are read, models evaluated or checkpoints written, it is two hours."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from deepspeed.utils import set_log_level_from_string
 from transformers.integrations import HfDeepSpeedConfig
 
 from mlkd_dist.config import Config, UserError, nearest
+from mlkd_dist.waiting import PATIENCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Engine = deepspeed.DeepSpeedEngine
@@ -67,7 +69,12 @@ def start() -> World:
         torch.cuda.set_device(local_rank)
     else:
         keep_freed_memory()
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=PATIENCE),
+    )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 

@@ -3,7 +3,8 @@
 On its own (0.19.8, one machine) it dies of a signal and leaves its processes running, it kills them
 30 s after one, whatever they are saving, and it reports success where its own child was killed. So
 signals go to the training processes themselves, these leave their exit codes in a folder, and what
-is left over when the launcher is gone is ended here.
+is left over when the launcher is gone, or when one of them has failed, is ended here: also one that
+is frozen, which hears no signal but the last.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
+from typing import Any
 
 from mlkd_dist.signals import REQUEUE, SAME_SIGNAL, SIGNALS, VERDICTS
 
 # Seconds that the processes have to save, once they are to stop and nobody else waits for them.
 GRACE = 300.0
+# Seconds that the others have to end by themselves once one of them has failed.
+FAULT_GRACE = 5.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -31,6 +35,7 @@ class Launch:
         self.processes, self.told = processes, told
         self.asked: float | None = None
         self.ended_by: int | None = None
+        self.fault: str | None = None
         # Its processes become ours when it dies before them.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -87,7 +92,15 @@ class Launch:
 
     def wait(self) -> int:
         """Until everything has ended; the exit code of the whole."""
-        code = self.child.wait()
+        failed_at = None
+        while (code := self.child.poll()) is None:
+            now = time.monotonic()
+            failed_at = failed_at or (now if self.failed() else None)
+            if failed_at is not None and now - failed_at > FAULT_GRACE:
+                self.fault = self.blamed()
+                print(f"mlkd: error: {self.fault}", file=sys.stderr, flush=True)
+                self.end()
+            time.sleep(0.1)
         if self.alive():
             self.ask()
         until = time.monotonic() + GRACE
@@ -96,9 +109,36 @@ class Launch:
         self.end()
         return self.verdict(code)
 
+    def failed(self) -> bool:
+        codes = self.numbers("code")
+        return bool(self.dead(codes)) or any(c not in (0, 2, REQUEUE) for c in codes.values())
+
+    def dead(self, codes: dict[int, int]) -> list[int]:
+        """Processes that ended without a word."""
+        return [r for r, pid in self.numbers("pid").items() if r not in codes and not there(pid)]
+
+    def blamed(self) -> str:
+        """One sentence about a fault, of processes that had time to tell what they know."""
+        codes, lost = self.numbers("code"), sorted(p.stem for p in self.told.glob("*.lost"))
+        silent = [rank for rank in range(self.processes) if rank not in codes]
+        if dead := self.dead(codes):
+            why = f"process {listed(dead)} died (of a signal, or for want of memory)"
+        elif lost and silent:
+            why = (
+                f"process {listed(silent)} gave no sign for the seconds of launch.timeout, in "
+                f"which process {listed(lost)} waited"
+            )
+        elif lost:
+            why = f"process {listed(lost)} lost contact with the others"
+        else:
+            why = f"process {listed(sorted(codes))} failed, as said above"
+        return f"{why}; all processes are ended. The same command goes on from the last checkpoint."
+
     def verdict(self, code: int) -> int:
         if self.ended_by is not None:
             return 128 + self.ended_by
+        if self.fault is not None:
+            return 1
         codes = self.numbers("code")
         if len(codes) == self.processes and len(set(codes.values())) == 1:
             return codes.popitem()[1]
@@ -112,6 +152,21 @@ class Launch:
             )
             return 1
         return code if code > 0 else 128 - code
+
+
+def there(pid: int) -> bool:
+    """Whether a process runs, frozen ones included; one that its parent has not seen off does
+    not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        os.kill(pid, 0)
+        if sys.platform != "linux":
+            return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def listed(ranks: list[Any]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def launched(command: list[str], environment: dict[str, str], processes: int) -> int:

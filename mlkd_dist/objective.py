@@ -21,6 +21,7 @@ from mlkd_dist.engine import World, all_gather, all_reduce
 from mlkd_dist.head import HeadRows
 from mlkd_dist.layer_map import Pairs, layer_pairs
 from mlkd_dist.losses import load
+from mlkd_dist.reach import Reach
 from mlkd_dist.schedule import Opening
 from mlkd_dist.schema import LossSchema, loss_schema
 from mlkd_dist.tasks import Batch
@@ -123,6 +124,7 @@ class Objective:
         self.world, self.student, self.teacher = world, student, teacher
         # Which terms count at the present step; None: all of them.
         self.opening: Opening | None = None
+        self.reach = Reach()
         self.terms = [
             Term(name, options, backend, self.pairs_of(name, options, layers), vocabulary)
             for name, options in losses.items()
@@ -301,6 +303,8 @@ class Objective:
                 sums = share = at_head[term.name]
             else:
                 sums = share = self.sums(term, student, teacher, batch, projections)
+            if self.is_open(term):
+                self.reach.check(term.name, None, sums)
             losses.append(term.options["weight"] * sums / rows[term.divisor])
             shares.append(share.detach() / rows[term.divisor])
         idle = self.idle_projections(projections)
@@ -339,7 +343,9 @@ class Objective:
         for ours, theirs in pairs:
             read = (student.layers[ours], teacher.layers[theirs])
             extra = (self.projected(term, projections, ours),) if term.schema.projection else ()
-            total = total + weighted_sum(term.function(*read, *extra), weight)
+            part = weighted_sum(term.function(*read, *extra), weight)
+            self.reach.check(term.name, ours, part)
+            total = total + part
         return total / len(pairs) if term.options["sum_layers"] == "mean" else total
 
     def head_sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:

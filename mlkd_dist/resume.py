@@ -1,12 +1,9 @@
 """Opening a run folder: a new run, or one that goes on from its newest sound checkpoint."""
 
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist import __version__
 from mlkd_dist import config as configs
 from mlkd_dist.checkpoint import Checkpoints, Position, position
 from mlkd_dist.config import UserError
@@ -14,8 +11,7 @@ from mlkd_dist.fingerprints import fingerprints
 from mlkd_dist.metrics import drop_logged
 from mlkd_dist.run import UNFINISHED, Run, make_folder, on_first, told, user_errors
 from mlkd_dist.settings import differences, global_batch, mathematics
-
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
+from mlkd_dist.versions import versions
 
 
 def open_run(run: Run, found: str) -> tuple[str, Checkpoints, Position]:
@@ -81,8 +77,7 @@ def facts(run: Run, student_path: str) -> dict[str, Any]:
     return {
         "settings": mathematics(config) | global_batch(config, run.world.size),
         "fingerprints": fingerprints(run, student_path),
-        "versions": {"python": platform.python_version(), "mlkd_dist": __version__}
-        | {package: version(package) for package in PACKAGES},
+        "versions": versions(),
     }
 
 

@@ -66,10 +66,18 @@ class Signals:
 SIGNALLED = Signals()
 
 
-def tell(kind: str, number: int) -> None:
-    """To the `mlkd` that started this process, if one did."""
-    if folder := os.environ.get(VERDICTS):
-        Path(folder, f"{os.environ['RANK']}.{kind}").write_text(str(number))
+def tell(kind: str, word: object) -> bool:
+    """To the `mlkd` that started this process; False where none did."""
+    folder = os.environ.get(VERDICTS)
+    if folder:
+        Path(folder, f"{os.environ['RANK']}.{kind}").write_text(str(word))
+    return bool(folder)
+
+
+def say(text: str) -> None:
+    """Every process says the same; the first one is heard."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"mlkd: {text}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -207,9 +208,22 @@ def _value(row: dict[str, Any], name: str, wanted: Columns, place: str) -> Any:
     kinds = dict if wanted.structured_label else str | int | float
     if not isinstance(value, str if name != wanted.label else kinds):
         raise wanted.wrong(name, place, json.dumps(value)[:60])
+    if problem := _number_problem(value):
+        raise wanted.wrong(name, place, f"{json.dumps(value)[:60]}, {problem}")
     if isinstance(value, str) and SURROGATE.search(value):
         raise wanted.wrong(name, place, "half a surrogate pair")
     return value
+
+
+def _number_problem(value: Any) -> str | None:
+    """JSON's truth values are numbers to Python, and its numbers have no end."""
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "a number that 64 bits do not hold"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number without end"
+    return None
 
 
 def _same_kind(kind: type | None, label: Any, wanted: Columns, place: str) -> type:

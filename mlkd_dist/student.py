@@ -219,6 +219,7 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         self.projections = objective.projections().to(model.dtype)
+        objective.reach.into(model.parameters())
 
     def forward(
         self,

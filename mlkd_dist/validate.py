@@ -101,6 +101,7 @@ def check_values(config: Config) -> None:
     one_of("run.resume", config.run.resume, ["auto", "changed", "never"])
     for key, value, low in (
         ("launch.processes", config.launch.processes, 1),
+        ("launch.restarts", config.launch.restarts, 0),
         ("batch.micro_batch", config.batch.micro_batch, 1),
         ("batch.grad_accum", config.batch.grad_accum, 1),
         ("batch.evaluation", config.batch.evaluation, 1),
@@ -121,6 +122,7 @@ def check_values(config: Config) -> None:
     for key in ("checkpoint_every", "checkpoint_minutes", "time_limit"):
         if (value := getattr(config.run, key)) is not None:
             above(f"run.{key}", value, 0)
+    above("launch.timeout", config.launch.timeout, 0)
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
         at_least("data.train_rows", config.data.train_rows, 1)

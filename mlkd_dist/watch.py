@@ -2,6 +2,7 @@
 alike, in the all-reduce that each step begins with."""
 
 import time
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -21,24 +22,35 @@ class Diverged(Exception):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class Desynchronised(Exception):
+    """The processes are at different steps, or read different data."""
+
+
 class Watch:
-    """Of one run. A step begins with `flags`, which the processes add up, and ends with
-    `after_step`."""
+    """Of one run. A step begins with `begin_step` and `flags`, which the processes add up, and ends
+    with `after_step`."""
 
     def __init__(self, settings: RunConfig, world: World):
         self.settings, self.world = settings, world
         self.saved = time.monotonic()
         self.skipped = self.skipped_in_a_row = 0
         self.stop = self.time_to_save = False
+        self.mark = 0
         self._arrived: Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
-    def flags(self) -> Tensor:  # [2] int64: stop, save
+    def begin_step(self, step: int, batch: int) -> None:
+        """Optimizer step number `step` of the run, from 0, with a batch that 32 bits tell."""
+        self.mark = (step << 31) | (batch >> 1)
+
+    def flags(self) -> Tensor:  # [2 + world] int64: stop, save, the mark of each process
         limit, every = self.settings.time_limit, self.settings.checkpoint_minutes
         now = time.monotonic()
         late = limit is not None and now - STARTED > 60 * limit
         due = self.world.first and every is not None and now - self.saved > 60 * every
-        flags = torch.tensor([SIGNALLED.came or late, due], dtype=torch.int64)
+        flags = torch.zeros(2 + self.world.size, dtype=torch.int64)
+        flags[0], flags[1] = SIGNALLED.came or late, due
+        flags[2 + self.world.rank] = self.mark
         return flags.to(self.world.device, non_blocking=True)
 
     def sum_flags(self, flags: Tensor) -> None:
@@ -46,6 +58,8 @@ class Watch:
         that the host does not wait for the device."""
         if flags.device.type == "cpu":
             self._arrived = flags.clone()
+            # Nothing is to be waited for, so that the step is not made at all.
+            self.compare(self._arrived[2:].tolist())
             return
         self._arrived = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         self._arrived.copy_(flags, non_blocking=True)
@@ -57,7 +71,8 @@ class Watch:
         skipped. Raises Diverged."""
         if self._event is not None:
             self._event.synchronize()
-        stop, due = self._arrived.tolist()
+        stop, due, *marks = self._arrived.tolist()
+        self.compare(marks)
         every = self.settings.checkpoint_every
         self.stop = self.stop or stop > 0
         self.time_to_save = due > 0 or self.stop or (every is not None and done % every == 0)
@@ -66,9 +81,27 @@ class Watch:
         if self.skipped_in_a_row >= self.settings.max_skipped:
             raise Diverged
 
+    def compare(self, marks: list[int]) -> None:
+        """Raises Desynchronised where the processes are not at the same step, with the same batch;
+        on all of them alike."""
+        (common, count), *others = Counter(marks).most_common()
+        if not others:
+            return
+        odd = {rank: mark for rank, mark in enumerate(marks) if mark != common}
+        told = "; ".join(f"process {rank} is at {shown(mark)}" for rank, mark in odd.items())
+        raise Desynchronised(
+            f"the processes are out of step: {told}; the other {count} at {shown(common)}. Nothing "
+            f"of this step is kept; look for data or checkpoints that differ between machines, and "
+            f"start again from the last checkpoint."
+        )
+
     def has_saved(self) -> None:
         self.saved = time.monotonic()
 
     def begin_stage(self, skipped: int) -> None:
         """`skipped` of its steps were, before the run was interrupted."""
         self.skipped = skipped
+
+
+def shown(mark: int) -> str:
+    return f"step {(mark >> 31) + 1} with batch {mark & (2**31 - 1):08x}"

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist import commit, distill
+from mlkd_dist import commit, distill, stage
 from mlkd_dist import config as configs
 from mlkd_dist.checkpoint import NotSaved
 from mlkd_dist.config import UserError
@@ -28,7 +28,7 @@ class Killed(BaseException):
 
 world = start()
 quiet()
-step_of_distill, backward_of_distill = distill.train_step, distill.backward
+step_of_distill, backward_of_distill = stage.train_step, stage.backward
 asked: dict[str, str] = {}
 at: dict[str, str] = {}
 
@@ -50,7 +50,7 @@ def reached(point: str) -> None:
         raise Killed
 
 
-distill.train_step, distill.backward, commit.reached = train_step, backward, reached
+stage.train_step, stage.backward, commit.reached = train_step, backward, reached
 for word in sys.argv[1:]:
     path, *what = re.split("([@:~])", word)
     asked.clear()

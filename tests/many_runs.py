@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from mlkd_dist import config as configs
-from mlkd_dist import distill
+from mlkd_dist import distill, stage
 from mlkd_dist.engine import start, stop
 from mlkd_dist.model import quiet
 
 world = start()
 quiet()
 kept: dict[str, Any] = {}
-step_of_distill = distill.train_step
+step_of_distill = stage.train_step
 
 
 def train_step(
@@ -36,7 +36,7 @@ def train_step(
     kept["inputs"] = batches[0].inputs
 
 
-distill.train_step = train_step
+stage.train_step = train_step
 for path in sys.argv[1:]:
     config = configs.load(path)
     distill.distill(config, world)

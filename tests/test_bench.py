@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import run_config, start
 
-from mlkd_dist import bench, distill, objective
+from mlkd_dist import bench, objective
 from mlkd_dist import config as configs
 from mlkd_dist.bench import peak_of, table, whole
 from mlkd_dist.engine import World, stop
@@ -124,7 +124,7 @@ def test_time_within_a_step_is_seen(
     """By a clock on which a step takes 1 s and hidden_mse 0.25 s: what it costs is seen in the step
     and in its own line, and neither in the floor nor in another loss's."""
     now = [0.0]
-    real, step = objective.load, distill.train_step
+    real, step = objective.load, bench.train_step
 
     def load(name: str, *which: object) -> Callable:
         def slow(*args: object, **kwargs: object) -> object:
@@ -138,7 +138,7 @@ def test_time_within_a_step_is_seen(
         step(*args, **kwargs)
 
     monkeypatch.setattr(objective, "load", load)
-    monkeypatch.setattr(distill, "train_step", counted)
+    monkeypatch.setattr(bench, "train_step", counted)
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     config = run_config(tmp_path, teachers["embedding"], data, task="embedding")
     config["stages"][0]["losses"] = {"hidden_mse": {"layers": "last"}, "embedding_mse": {}}

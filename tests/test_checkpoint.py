@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mlkd_dist import checkpoint, run, watch
+from mlkd_dist import checkpoint, run, verify, watch
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
 from mlkd_dist.config import RunConfig, UserError
 from mlkd_dist.engine import World
@@ -24,8 +24,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
-    monkeypatch.setattr(checkpoint, "gather_objects", lambda value: [value])
-    monkeypatch.setattr(checkpoint, "broadcast_object", lambda value: value)
+    for module in (checkpoint, verify):
+        monkeypatch.setattr(module, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(verify, "broadcast_object", lambda value: value)
     return Checkpoints(tmp_path, ALONE, keep=2)
 
 
@@ -87,7 +88,7 @@ def test_minutes_and_steps_decide_when_to_save(monkeypatch: pytest.MonkeyPatch) 
     looked_at = Watch(RunConfig(checkpoint_minutes=1), ALONE)
     now += 61
     # What another process asks for arrives in the sum.
-    looked_at.sum_flags(looked_at.flags() + torch.tensor([1, 0]))
+    looked_at.sum_flags(looked_at.flags() + torch.tensor([1, 0, 0]))
     looked_at.after_step(1, 0)
     assert looked_at.stop and looked_at.time_to_save
 

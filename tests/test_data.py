@@ -156,6 +156,26 @@ BAD_FILES = {
         b'{"text": "\\ud83d", "label": 1}\n',
         ["line 1: column 'text' holds half a surrogate pair"],
     ),
+    "truth.jsonl": (
+        b'{"text": "a", "label": 1}\n{"text": "a", "label": true}\n',
+        ["line 2: column 'label' holds true, a truth value, not a label"],
+    ),
+    "huge.jsonl": (
+        b'{"text": "a", "label": 1}\n{"text": "a", "label": 9223372036854775808}\n',
+        ["line 2: column 'label' holds 9223372036854775808, a number that 64 bits do not hold"],
+    ),
+    "endless.jsonl": (
+        b'{"text": "a", "label": 0.5}\n{"text": "a", "label": -1e999}\n',
+        ["line 2: column 'label' holds -Infinity, a number without end, not a label"],
+    ),
+    "deep.jsonl": (b'{"text": "a", "label": 1}\n' + b"[" * 99999, ["line 2 is not JSON"]),
+    "two.jsonl": (b'{"text": "a", "label": 1}{"text": "a", "label": 1}\n', ["line 1 .*Extra data"]),
+    "mark.jsonl": (
+        b'{"text": "a", "label": 1}\n\xef\xbb\xbf{"text": "a", "label": 1}\n',
+        ["line 2 is not JSON"],
+    ),
+    "control.jsonl": (b'{"text": "a\x01", "label": 1}\n', ["line 1 .*Invalid control character"]),
+    "keys.jsonl": (b'{"text": "a", "label": {"is": 1}}\n', ["line 1: column 'label' holds .*is"]),
     "text.txt": (b"a line\n", ["no column 'label'", "there is: text", "data.label"]),
     "fake.parquet": (b"not parquet at all", ["fake.parquet' is not a parquet file: "]),
 }

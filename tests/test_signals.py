@@ -111,3 +111,18 @@ def test_a_process_that_is_killed_is_a_failure(folder: Path) -> None:
     assert code not in (0, 2, 75), (folder / "log").read_text()[-3000:]
     assert ended(started)
     assert "exits with return code = -9" in (folder / "log").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_freezes_ends_all_within_the_time_out(folder: Path) -> None:
+    run = begin(folder, "launch.timeout=8")
+    until(lambda: (folder / "run/metrics.jsonl").exists() and len(logged_steps(folder)) > 2, folder)
+    started = below(run)
+    (victim,) = [p for p in started if "--local_rank=1" in p.cmdline() and p.ppid() != run.pid][:1]
+    victim.suspend()
+    begun = time.monotonic()
+    assert run.wait(timeout=90) == 1, (folder / "log").read_text()[-3000:]
+    assert time.monotonic() - begun < 40
+    assert ended(started)
+    log = (folder / "log").read_text()
+    assert log.count("process 1 gave no sign") == 1 and "Traceback" not in log

@@ -27,10 +27,10 @@ class Task:
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list]:
-        wrong = next(
-            (v for v in rows[self.label] if isinstance(v, bool) or not isinstance(v, int)), None
-        )
-        if wrong is not None:
+        strange = [v for v in rows[self.label] if isinstance(v, bool) or not isinstance(v, int)]
+        if strange:
+            # One fraction makes numbers with a point of all of them; it is the one to be named.
+            wrong = next((v for v in strange if isinstance(v, float) and v % 1), strange[0])
             raise ValueError(
                 f"column {self.label!r}: {wrong!r} is not a class number; labels are 0, 1, 2, ... "
                 f"Correct the data, or set data.label to another column."

@@ -1,0 +1,329 @@
+"""One stage of a run: its models, its steps, its checkpoints."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlkd_dist import commit
+from mlkd_dist.checkpoint import (
+    PROJECTIONS,
+    Checkpoints,
+    NotSaved,
+    Position,
+    Stateful,
+    load_projections,
+)
+from mlkd_dist.config import StageConfig
+from mlkd_dist.data import Sampler, batches
+from mlkd_dist.engine import (
+    Engine,
+    World,
+    backward,
+    gather_objects,
+    student_config,
+    student_engine,
+)
+from mlkd_dist.metrics import Metrics
+from mlkd_dist.model import read_config
+from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.run import Run, class_count
+from mlkd_dist.schedule import learning_rate, opening, total_steps
+from mlkd_dist.signals import say
+from mlkd_dist.student import Student, load_student
+from mlkd_dist.tasks import Batch
+from mlkd_dist.teacher import Teacher
+from mlkd_dist.trace import Trace
+from mlkd_dist.waiting import PATIENCE, wait_at_most
+from mlkd_dist.watch import Diverged, Stopped, Watch
+from mlkd_kernels import choose
+
+
+def stopped(at: Position) -> str:
+    return f"stopped after step {at.done}, with a checkpoint; the same command goes on from there."
+
+
+@dataclass
+class Opened:
+    """What the steps of a stage share."""
+
+    steps: int
+    sampler: Sampler
+    objective: Objective
+    teacher: Teacher | None
+    student: Student
+    engine: Engine
+    metrics: Metrics
+    kept: dict[str, Stateful]
+    """What else a checkpoint of this stage carries."""
+
+
+def run_stage(
+    run: Run,
+    stage: StageConfig,
+    at: Position,
+    student_path: str,
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> Position:
+    """One stage from `at` to the exported student; returns where the next one starts."""
+    opened = open_stage(run, stage, at, student_path, checkpoints)
+    watch.begin_stage(opened.engine.skipped_steps)
+    run_steps(run, opened, at, checkpoints, watch)
+    opened.metrics.close()
+    student = opened.student
+    at = checkpoints.save_stage_end(
+        replace(at, step=opened.steps), student.model, student.projections, run.tokenizer
+    )
+    watch.has_saved()
+    if opened.teacher is not None:
+        opened.teacher.close()
+    opened.engine.destroy()
+    return at
+
+
+def open_stage(
+    run: Run, stage: StageConfig, at: Position, student_path: str, checkpoints: Checkpoints
+) -> Opened:
+    """The models and whatever else the stage needs, as they are at `at`."""
+    config, world = run.config, run.world
+    begun = checkpoints.root / at.start if at.start else None
+    student_path = str(begun / "export") if begun else student_path
+    sampler = stage_sampler(run, at)
+    steps = total_steps(stage, sampler.steps_per_epoch)
+    objective = stage_objective(run, stage, student_path)
+    teacher = stage_teacher(run, objective)
+    # From here on; the teacher is as deep as all its layers need.
+    objective.opening = opening(f"stages[{at.stage}]", stage, objective.layers, steps)
+    student = Student(trainable(run, student_path), objective)
+    if begun:
+        load_projections(student.projections, begun / PROJECTIONS)
+    lr = config.optim.lr if stage.lr is None else stage.lr
+    engine = student_engine(
+        student.to(world.device), config, learning_rate(config.optim, steps), lr
+    )
+    engine.train()
+    metrics = stage_metrics(run, stage, at, objective, steps)
+    kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
+    if at.name is not None:
+        metrics.go_on(checkpoints.load(at, engine, kept))
+    return Opened(steps, sampler, objective, teacher, student, engine, metrics, kept)
+
+
+def run_steps(
+    run: Run, opened: Opened, at: Position, checkpoints: Checkpoints, watch: Watch
+) -> None:
+    engine, metrics = opened.engine, opened.metrics
+    # The groups of the engines, too. Within the first step kernels are built, which takes one
+    # process longer than another.
+    wait_at_most(PATIENCE)
+    for step, micro_batches in enumerate(step_batches(run, opened, at.step), at.step):
+        watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step))
+        train_step(
+            opened.teacher,
+            engine,
+            opened.objective,
+            [micro_batch.to(run.world.device) for micro_batch in micro_batches],
+            metrics,
+            step,
+            (run.config.run.seed, at.first_step + step),
+            watch,
+        )
+        now = replace(at, step=step + 1)
+        after_step(now, engine, checkpoints, watch)
+        if watch.time_to_save and now.step < opened.steps:
+            wait_at_most(PATIENCE)
+            save(now, engine, metrics, opened.kept, checkpoints, watch)
+            wait_at_most(run.config.launch.timeout)
+        elif step == at.step:
+            wait_at_most(run.config.launch.timeout)
+    wait_at_most(PATIENCE)
+
+
+def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
+    """Tells which rows of which data a step is made of."""
+    return zlib.crc32(run.train._fingerprint.encode(), sampler.mark(step))
+
+
+def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
+    def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
+        return run.task.collate(rows, keep, run.tokenizer)
+
+    workers, pin = run.config.data.workers, run.world.device.type == "cuda"
+    return batches(run.train, opened.sampler, first, opened.steps, collate, workers, pin)
+
+
+def stage_sampler(run: Run, at: Position) -> Sampler:
+    batch, world, seed = run.config.batch, run.world, run.config.run.seed + at.stage
+    return Sampler(
+        len(run.train), batch.micro_batch, batch.grad_accum, world.rank, world.size, seed
+    )
+
+
+def stage_metrics(
+    run: Run, stage: StageConfig, at: Position, objective: Objective, steps: int
+) -> Metrics:
+    return Metrics(
+        run.folder,
+        run.world,
+        stage.name,
+        objective.names,
+        [term.options["weight"] for term in objective.terms],
+        at.first_step,
+        steps,
+        run.config.log_every,
+        choose(run.config.kernels),
+        at.step,
+    )
+
+
+def after_step(at: Position, engine: Engine, checkpoints: Checkpoints, watch: Watch) -> None:
+    try:
+        watch.after_step(at.done, engine.skipped_steps)
+    except Diverged as error:
+        last = commit.latest(checkpoints.root)
+        raise Diverged(
+            f"{watch.skipped_in_a_row} steps in a row, up to step {at.done}, had a loss or a "
+            f"gradient that is not finite; the last checkpoint is {last or 'none'}. Lower "
+            f"optim.lr, or look at the data of these steps."
+        ) from error
+
+
+def save(
+    at: Position,
+    engine: Engine,
+    metrics: Metrics,
+    kept: dict[str, Stateful],
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> None:
+    """Within a stage. A disk that is full ends a run only where it was to end."""
+    try:
+        checkpoints.save(at, engine, gather_objects(metrics.state()), kept)
+    except NotSaved as error:
+        if watch.stop:
+            raise
+        say(f"warning: no checkpoint after step {at.done}: {error}; the run goes on.")
+    watch.has_saved()
+    if watch.stop:
+        metrics.close()
+        raise Stopped(stopped(at))
+
+
+def train_step(
+    teacher: Teacher | None,
+    student: Engine,
+    objective: Objective,
+    micro_batches: list[Batch],
+    metrics: Metrics,
+    step: int,
+    seed: tuple[int, int],
+    watch: Watch,
+) -> None:
+    rows = objective.global_rows(micro_batches, watch)
+    traces = look_ahead(teacher, objective, micro_batches, metrics)
+    vectors = sample_vectors(student, objective, micro_batches, seed)
+    peers = objective.peers(micro_batches, traces, vectors)
+    metrics.open_terms, metrics.open_layers = objective.open_names, objective.open_layers()
+    lr, step_shares = student.get_lr()[0], []
+    for index, batch in enumerate(micro_batches):
+        seen = traces[index] if traces else observe(teacher, batch, metrics)
+        seed_dropout(seed, objective.world, index)
+        loss, shares = student(batch, seen, rows, peers, index)
+        backward(student, loss)
+        # Updates the weights after the last micro-batch only.
+        student.step()
+        metrics.add(shares)
+        step_shares.append(shares)
+    changed = objective.end_step(step, torch.stack(step_shares).sum(0))
+    metrics.step(student, step, lr, rows["sample"], flush=changed)
+
+
+def observe(teacher: Teacher | None, batch: Batch, metrics: Metrics) -> Trace | None:
+    if teacher is None:
+        return None
+    with metrics.teacher_clock():
+        return teacher(batch)
+
+
+def look_ahead(
+    teacher: Teacher | None, objective: Objective, micro_batches: list[Batch], metrics: Metrics
+) -> list[Trace]:
+    """The teacher's traces of the whole step, where a term compares samples across its
+    micro-batches; else none."""
+    return (
+        [observe(teacher, batch, metrics) for batch in micro_batches]
+        if objective.batch_terms
+        else []
+    )
+
+
+def sample_vectors(
+    student: Engine, objective: Objective, micro_batches: list[Batch], seed: tuple[int, int]
+) -> list[dict[str, Tensor]] | None:
+    """The student's sample vectors of all micro-batches, before the pass that trains: a term over
+    the global batch needs those of micro-batches whose turn is yet to come. With one micro-batch
+    there are none."""
+    if not objective.batch_terms or len(micro_batches) == 1:
+        return None
+    vectors = []
+    with torch.no_grad():
+        for index, batch in enumerate(micro_batches):
+            seed_dropout(seed, objective.world, index)
+            vectors.append(student(batch))
+    return vectors
+
+
+def seed_dropout(seed: tuple[int, int], world: World, index: int) -> None:
+    """Dropout is a function of seed, step, process and micro-batch: both passes over a micro-batch
+    draw the same, and so does a run that continues here."""
+    run_seed, step = seed
+    torch.manual_seed(hash((run_seed, step, world.rank, index)) & (2**63 - 1))
+
+
+def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objective:
+    trust = run.config.trust_remote_code
+
+    def widths(path: str) -> Widths:
+        found = read_config(path, trust)
+        return Widths(found.hidden_size, found.num_hidden_layers)
+
+    teacher = run.config.teacher.path
+    return Objective(
+        stage.losses,
+        stage.layers,
+        widths(student_path),
+        widths(teacher) if teacher else None,
+        run.config.kernels,
+        run.world,
+        run.task.vocabulary,
+    )
+
+
+def stage_teacher(run: Run, objective: Objective) -> Teacher | None:
+    if not objective.reads_teacher:
+        return None
+    settings = run.config.teacher
+    return Teacher(
+        settings.path,
+        settings,
+        run.task.model_class,
+        objective.needs(1),
+        run.world,
+        run.config.trust_remote_code,
+    )
+
+
+def trainable(run: Run, path: str) -> Any:
+    config = run.config
+    return load_student(
+        run.task.model_class,
+        path,
+        config.student,
+        student_config(config),
+        class_count(run),
+        config.trust_remote_code,
+    )
