@@ -1,6 +1,6 @@
 """The table of kernels/README.md, made from the CSVs in results/, so that nobody types a number.
 
-python kernels/benchmarks/report.py            writes the table between its two markers
+python kernels/benchmarks/report.py            writes the table between its markers and prints it
 python kernels/benchmarks/report.py --check    exits 1 where the table is not that of the CSVs
 """
 
@@ -65,7 +65,9 @@ def versions(rows: list[Row]) -> str:
 def table(rows: list[Row]) -> str:
     names = [name for name in BACKENDS if any(row["backend"] == name for row in rows)]
     names += sorted({row["backend"] for row in rows} - set(names))
-    lines = [["case", "type", *names], ["---"] * (2 + len(names))]
+    ratio = {"eager", "streamed"} <= set(names)
+    more = ["streamed beside eager"] if ratio else []
+    lines = [["case", "type", *names, *more], ["---"] * (2 + len(names) + len(more))]
     found = {
         (row["shape"], row["dtype"], row["backend"]): row
         for row in rows
@@ -73,8 +75,19 @@ def table(rows: list[Row]) -> str:
     }
     for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
         cells = [cell(found.get((shape, dtype, name))) for name in names]
-        lines.append([shape, dtype, *cells])
+        pair = [found.get((shape, dtype, name)) for name in ("eager", "streamed")]
+        lines.append([shape, dtype, *cells, *([compared(*pair)] if ratio else [])])
     return "\n".join(f"| {' | '.join(words)} |" for words in lines)
+
+
+def compared(eager: Row | None, ours: Row | None) -> str:
+    """How many times as fast, and the share of the memory."""
+    if not eager or not ours or not (eager["ms_p50"][0].isdigit() and ours["ms_p50"][0].isdigit()):
+        return ""
+    told = f"{float(eager['ms_p50']) / float(ours['ms_p50']):.2g}x"
+    if eager["extra_peak_mib"] and ours["extra_peak_mib"]:
+        told += f" / {float(ours['extra_peak_mib']) / float(eager['extra_peak_mib']):.0%}"
+    return told
 
 
 def cell(row: Row | None) -> str:
@@ -111,6 +124,7 @@ def main() -> None:
     if options.check:
         sys.exit("kernels/README.md differs from results/; run report.py" if new != old else 0)
     README.write_text(new)
+    print(text(results.read(*paths)))
 
 
 if __name__ == "__main__":
