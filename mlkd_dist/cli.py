@@ -1,5 +1,5 @@
-"""`mlkd`: distill, supervise, finetune, evaluate, export. Outside a launcher it starts deepspeed's
-for more than one process."""
+"""`mlkd`: distill, supervise, finetune, evaluate, bench, plan, export, study. Outside a launcher it
+starts deepspeed's for more than one process."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ HELP = {
     "distill": "distil a student from a teacher, stage by stage",
     "supervise": "distill, started again after whatever ends it, while there is progress",
     "finetune": "train the teacher of a config on the task's labels",
+    "bench": "time the step of each stage beside its floor, and each loss; see bench.rounds",
     "evaluate": "report on a run that is done; CONFIG may be its folder",
 }
 
@@ -38,7 +39,13 @@ def main() -> int:
             help="over the file, for example optim.lr=1e-4",
         )
     add_export(commands)
+    add_plan(commands)
+    add_study(commands)
     given = parser.parse_args()
+    if given.command == "plan":
+        return run_plan(given)
+    if given.command == "study":
+        return run_study(given)
     if given.command == "export":
         return run_export(given)
     path = given.config
@@ -81,6 +88,49 @@ def run_export(given: argparse.Namespace) -> int:
     try:
         print(export(given.run, given.out, given.dense))
         return 0
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_plan(commands: Any) -> None:
+    text = "memory per process and traffic per step of a run, from config files alone"
+    command = commands.add_parser("plan", help=text, description=text)
+    command.add_argument("config", help="a YAML file; see configs/")
+    command.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="nodes, gpus_per_node, gpu_memory and reserve (GiB), bandwidth (GB/s per GPU), files "
+        "to write (out, json), and settings of the run",
+    )
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    try:
+        from mlkd_dist.plan import main as plan
+
+        print(plan(given.config, given.settings))
+        return 0
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_study(commands: Any) -> None:
+    text = "methods x seeds x budgets on one task: runs, a table of means and spreads, plots"
+    command = commands.add_parser("study", help=text, description=text)
+    command.add_argument("study", help="a YAML file; see configs/studies/ and mlkd_dist/study.py")
+    command.add_argument(
+        "settings", nargs="*", metavar="key=value", help="over the base of all runs, or seeds=[0,1]"
+    )
+
+
+def run_study(given: argparse.Namespace) -> int:
+    from mlkd_dist.study_runs import main as study
+
+    try:
+        return study(given.study, given.settings)
     except UserError as error:
         print(f"mlkd: error: {error}", file=sys.stderr)
         return 2

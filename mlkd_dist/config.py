@@ -164,6 +164,9 @@ class DataConfig:
     """Held-out text, as `train`; default: `validation_fraction` of the training rows."""
     validation_fraction: float = 0.05
     """Share of the training rows that is held out where `validation` is not given."""
+    train_rows: int | None = None
+    """How many of the training rows the student learns from: the same for every seed, those of a
+    smaller number among those of a larger; default all. teacher.finetune takes all."""
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None
@@ -275,6 +278,16 @@ class BatchConfig:
 
 
 @dataclass
+class BenchConfig:
+    rounds: int = 5
+    """`mlkd bench`: how often floor, step and each loss are timed, one after the other."""
+    steps: int = 2
+    """`mlkd bench`: steps that are timed together, after one that is not."""
+    out: str | None = None
+    """`mlkd bench`: JSON file of the result; default `<run.dir>-bench.json`."""
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -285,6 +298,7 @@ class Config:
     stages: list[StageConfig] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     log_every: int = 10
     """Optimizer steps between two log lines."""
     kernels: str = "auto"
@@ -320,6 +334,14 @@ def resolve_path(path: str) -> str:
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """Defaults <- YAML <- `key=value`, checked. Raises UserError."""
+    given = read(path)
+    for word in overrides:
+        override(given, word)
+    return from_mapping(given)
+
+
+def read(path: str | Path) -> DictConfig:
+    """Keys and values of a YAML file, as they stand there. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"config {str(path)!r}: no such file; give a YAML file as in configs/.")
     try:
@@ -332,9 +354,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise UserError(
             f"config {str(path)!r} is empty or a list; it must hold keys and values as in configs/."
         )
-    for word in overrides:
-        override(given, word)
-    return from_mapping(given)
+    return given
 
 
 def override(given: DictConfig, word: str) -> None:

@@ -56,6 +56,18 @@ def split(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset,
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
 
+def first_rows(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
+    """`count` rows, those with the smallest hashes: what they are depends on the data alone, and
+    those of a smaller count are among those of a larger."""
+    if count > len(dataset):
+        raise UserError(
+            f"data.train_rows: {count} is more than the {len(dataset)} rows of the training data; "
+            f"give {len(dataset)} or less, or leave it out for all."
+        )
+    hashes = np.array([*_row_hashes(dataset)], dtype=np.uint64)
+    return dataset.select(np.sort(np.argsort(hashes, kind="stable")[:count]))
+
+
 def prepare(
     train: str,
     validation: str | None,
@@ -64,6 +76,7 @@ def prepare(
     tokenizer: Any,
     max_length: int,
     cache_dir: str | None,
+    train_rows: int | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Tokenised (train, validation), from the cache where it was tokenised before."""
     if validation is not None and locate(validation) == locate(train):
@@ -86,13 +99,20 @@ def prepare(
         key = _key([fingerprint(source), part], task, tokenizer, max_length)
         return _through_cache(_cache_folder(cache_dir) / key, rows, task, tokenizer, max_length)
 
+    def training(part: str, rows: Callable[[], datasets.Dataset]) -> datasets.Dataset:
+        if train_rows is None:
+            return tokenised(train, part, rows)
+        return tokenised(
+            train, f"{train_rows} rows, {part}", lambda: first_rows(rows(), train_rows)
+        )
+
     if validation is not None:
         return (
-            tokenised(train, "all", lambda: raw(train)),
+            training("all", lambda: raw(train)),
             tokenised(validation, "all", lambda: raw(validation)),
         )
     return (
-        tokenised(train, f"without {validation_fraction}", lambda: parts()[0]),
+        training(f"without {validation_fraction}", lambda: parts()[0]),
         tokenised(train, f"held out {validation_fraction}", lambda: parts()[1]),
     )
 

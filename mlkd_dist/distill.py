@@ -150,7 +150,20 @@ def evaluate(config: Config, world: World) -> None:
     report(Evaluator(prepared(config, world, str(export))))
 
 
-COMMANDS = {"distill": distill, "finetune": finetune_teacher, "evaluate": evaluate}
+def bench(config: Config, world: World) -> None:
+    """What a step costs beside its floor."""
+    # Imported here since it takes this file's step.
+    from mlkd_dist import bench
+
+    bench.bench(config, world)
+
+
+COMMANDS = {
+    "distill": distill,
+    "finetune": finetune_teacher,
+    "evaluate": evaluate,
+    "bench": bench,
+}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def finetune_config(config: Config) -> Config:
         )
     settings = config.teacher.finetune or FinetuneConfig(epochs=1)
     own = copy.deepcopy(config)
-    own.run.dir = folder(config)
+    own.run.dir, own.data.train_rows = folder(config), None
     own.student = StudentConfig(path=config.teacher.path, attention=config.teacher.attention)
     own.student.zero_stage, own.student.dtype = config.student.zero_stage, config.student.dtype
     own.teacher = TeacherConfig(path=None, zero_stage=config.teacher.zero_stage)
@@ -67,7 +67,7 @@ def finished(own: Config) -> bool:
     different = [
         key
         for key in ours
-        if key not in ("launch", "log_every", "run") and ours[key] != theirs[key]
+        if key not in ("bench", "launch", "log_every", "run") and ours[key] != theirs[key]
     ]
     if ours["run"]["seed"] != theirs["run"]["seed"]:
         different.append("run.seed")

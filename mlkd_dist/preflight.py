@@ -81,6 +81,7 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
             tokenizer,
             data.max_length,
             data.cache,
+            data.train_rows,
         )
         return tokenizer, train, held_out
 

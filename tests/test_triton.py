@@ -230,6 +230,26 @@ def test_rows_of_very_different_lse(interpreted: Callable, spread: float) -> Non
     interpreted(check_sharp, spread, 1e-6)
 
 
+def check_few_dimensions(spread: float, widths: tuple[int, int]) -> None:
+    """As trained tokens are. The models then spread their lse over different rows."""
+    # Of scores whose deviation is `spread`.
+    student, teacher = (
+        randn(1, 40, 4, seed=seed)
+        @ randn(4, width, seed=seed + 2)
+        * (spread * (4 * width) ** -0.5) ** 0.5
+        for seed, width in enumerate(widths)
+    )
+    pair = relation(student, teacher, None, heads=1, causal=False)
+    check_parity(pair, [student])
+
+
+@pytest.mark.parametrize("spread, widths", [(3, (16, 16)), (10, (32, 64))])
+def test_vectors_of_few_dimensions(
+    interpreted: Callable, spread: float, widths: tuple[int, int]
+) -> None:
+    interpreted(check_few_dimensions, spread, widths)
+
+
 def check_negative_scale() -> None:
     student, teacher = randn(1, 65, 16), 3 * randn(1, 65, 16, seed=1)
     check_parity(relation(student, teacher, None, -1.0, heads=1, causal=False), [student])

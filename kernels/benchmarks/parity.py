@@ -150,20 +150,24 @@ def finished(jobs: list[tuple], processes: int, end: float) -> Iterator[results.
     """The rows as they come: several processes compile at a time. Ends the run with its budget."""
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
-    waiting, running = iter(jobs), set()
+    waiting, running, done = iter(jobs), set(), 0
     try:
         while True:
-            room = 0 if time.monotonic() > end else 2 * processes - len(running)
-            running |= {pool.submit(row_of, *job) for job in itertools.islice(waiting, room)}
+            if time.monotonic() > end:
+                running = {job for job in running if not job.cancel()}
+            else:
+                more = itertools.islice(waiting, 2 * processes - len(running))
+                running |= {pool.submit(row_of, *job) for job in more}
             if not running:
                 break
             ready, running = concurrent.futures.wait(
                 running, return_when=concurrent.futures.FIRST_COMPLETED
             )
+            done += len(ready)
             yield from (job.result() for job in ready)
     finally:
         pool.shutdown(cancel_futures=True)
-    if next(waiting, None):
+    if done < len(jobs):
         sys.exit(UNFINISHED)
 
 

