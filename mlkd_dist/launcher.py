@@ -96,7 +96,9 @@ class Launch:
         while (code := self.child.poll()) is None:
             now = time.monotonic()
             failed_at = failed_at or (now if self.failed() else None)
-            if failed_at is not None and now - failed_at > FAULT_GRACE:
+            # Once: the launcher may take its time to be gone.
+            late = failed_at is not None and now - failed_at > FAULT_GRACE
+            if late and self.fault is None:
                 self.fault = self.blamed()
                 print(f"mlkd: error: {self.fault}", file=sys.stderr, flush=True)
                 self.end()
