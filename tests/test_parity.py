@@ -34,7 +34,10 @@ MODULES = [
 ]
 
 
-KINDS = ["classification", "masked_lm", "embedding", "modules", "causal_lm"]
+SLOW = pytest.mark.slow
+# Those that are not slow have every loss and every stage between them.
+KINDS = ["classification", "causal_lm"]
+KINDS += [pytest.param(kind, marks=SLOW) for kind in ("masked_lm", "embedding", "modules")]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -117,7 +120,7 @@ INTERNAL = {
 }
 
 
-@pytest.fixture(scope="module", params=[*OPENINGS])
+@pytest.fixture(scope="module", params=["pid", pytest.param("sid", marks=SLOW)])
 def opening_runs(request, tmp_path_factory, teachers, data) -> dict[tuple, list[dict]]:
     """Nine steps of two layers and the classifier: the logged steps of every layout."""
     base: Path = tmp_path_factory.mktemp(request.param)
