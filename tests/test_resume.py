@@ -256,6 +256,7 @@ def one(two: Place) -> Place:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were(one: Place, stage: int) -> None:
     assert one.said(f"one{stage}") == ["done", ""]
     assert gap(one.weights("plain"), weights(one.run("plain") / "student")) > 0.01
@@ -263,6 +264,7 @@ def test_one_process_goes_on_where_two_were(one: Place, stage: int) -> None:
     assert gap(one.weights(f"one{stage}"), one.weights("plain")) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(one: Place) -> None:
     assert one.said("damaged newest") == ["done", ""]
     log = (one.base / "rank0.log").read_text()
@@ -271,6 +273,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(one: Place) -> N
     assert alike(one, "damaged newest")
 
 
+@pytest.mark.slow
 def test_without_a_sound_checkpoint_nothing_starts(one: Place) -> None:
     for name, why in (("all damaged", "is missing"), ("all gone", "'step-000006', the latest")):
         kind, message = one.said(name)
@@ -280,6 +283,7 @@ def test_without_a_sound_checkpoint_nothing_starts(one: Place) -> None:
         assert not (one.run(name) / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_other_mathematics_is_refused_by_name(one: Place) -> None:
     kind, message = one.said("another rate")
     assert kind == "UserError" and "optim.lr: 0.01 -> 0.001" in message
@@ -290,6 +294,7 @@ def test_other_mathematics_is_refused_by_name(one: Place) -> None:
     assert kind == "UserError" and "what data.train holds" in message
 
 
+@pytest.mark.slow
 def test_what_was_agreed_to_or_only_moved_goes_on(one: Place) -> None:
     assert one.said("another rate agreed") == ["done", ""]
     rates = {row["step"]: row["lr"] for row in one.logs("another rate agreed")}
@@ -300,6 +305,7 @@ def test_what_was_agreed_to_or_only_moved_goes_on(one: Place) -> None:
 
 
 @pytest.mark.parametrize("point", ["renamed", "copied", "export removed", "published"])
+@pytest.mark.slow
 def test_a_kill_between_two_stages_loses_nothing(one: Place, point: str) -> None:
     assert one.said(point) == ["done", ""]
     assert alike(one, point)
@@ -307,6 +313,7 @@ def test_a_kill_between_two_stages_loses_nothing(one: Place, point: str) -> None
     assert names == {"LATEST", "step-000004", "step-000008", "step-000009"}
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_a_run_after_a_step_with_a_checkpoint(one: Place) -> None:
     kind, message = one.said("limited")
     assert kind == "Stopped" and "stopped after step 2" in message
@@ -314,6 +321,7 @@ def test_a_time_limit_stops_a_run_after_a_step_with_a_checkpoint(one: Place) -> 
     assert sorted(names) == ["step-000001", "step-000002"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(one: Place) -> None:
     assert one.said("finished") == ["done", ""]
     assert "finished/run' is finished" in (one.base / "rank0.log").read_text()
