@@ -214,6 +214,15 @@ def logged(config: dict) -> list[dict]:
 Launch = Callable[..., None]
 
 
+@pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """A world that is started in this process says so in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable]:
     """Calls a function, or `each` of many cases, in processes of their own: Triton chooses the

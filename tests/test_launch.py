@@ -69,6 +69,11 @@ def test_scripts_are_clean(script: Path) -> None:
     assert os.access(script, os.X_OK) == (script.name != "env.sh")
 
 
+def shell_word(path: Path) -> str:
+    """As bash writes it where it is to be pasted."""
+    return str(path).replace(" ", "\\ ")
+
+
 def test_a_dry_run_says_the_command(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\nnode1 slots=8\r\nnode2 slots=8\n\n")
@@ -83,7 +88,7 @@ def test_a_dry_run_says_the_command(tmp_path: Path) -> None:
         "node.sh": "env MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 WORLD_SIZE=2 LOCAL_SIZE=2 "
         f"RANK=0..1 py -u -m mlkd_dist.distill {program}",
         "slurm.sbatch": "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --label "
-        f"--export=ALL {LAUNCH}/node.sh configs/quickstart.yaml optim.lr=1e-4",
+        f"--export=ALL {shell_word(LAUNCH)}/node.sh configs/quickstart.yaml optim.lr=1e-4",
     }
     assert {path.name for path in SCRIPTS} == {*expected, "env.sh"}
     for script, command in expected.items():
