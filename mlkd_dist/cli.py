@@ -42,25 +42,24 @@ def main() -> int:
     add_plan(commands)
     add_study(commands)
     given = parser.parse_args()
-    if given.command == "plan":
-        return run_plan(given)
-    if given.command == "study":
-        return run_study(given)
-    if given.command == "export":
-        return run_export(given)
+    try:
+        return OTHERS.get(given.command, run)(given)
+    except UserError as error:
+        print(f"mlkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(given: argparse.Namespace) -> int:
+    """A command on a config, in the processes that it asks for."""
     path = given.config
     if given.command == "evaluate" and os.path.isdir(path):
         # The folder may have been moved since it was written.
         given.settings.insert(0, f"run.dir={json.dumps(path)}")
         path = os.path.join(path, "config.yaml")
-    try:
-        check_versions()
-        config = load(path, given.settings)
-        if given.command == "finetune" or config.teacher.finetune is not None:
-            finetune_config(config)
-    except UserError as error:
-        print(f"mlkd: error: {error}", file=sys.stderr)
-        return 2
+    check_versions()
+    config = load(path, given.settings)
+    if given.command == "finetune" or config.teacher.finetune is not None:
+        finetune_config(config)
     if given.command == "supervise":
         return supervise(config, path, given.settings)
     words = ["--command", given.command, path, *given.settings]
@@ -85,12 +84,8 @@ def add_export(commands: Any) -> None:
 def run_export(given: argparse.Namespace) -> int:
     from mlkd_dist.export import export
 
-    try:
-        print(export(given.run, given.out, given.dense))
-        return 0
-    except UserError as error:
-        print(f"mlkd: error: {error}", file=sys.stderr)
-        return 2
+    print(export(given.run, given.out, given.dense))
+    return 0
 
 
 def add_plan(commands: Any) -> None:
@@ -107,14 +102,10 @@ def add_plan(commands: Any) -> None:
 
 
 def run_plan(given: argparse.Namespace) -> int:
-    try:
-        from mlkd_dist.plan import main as plan
+    from mlkd_dist.plan import main as plan
 
-        print(plan(given.config, given.settings))
-        return 0
-    except UserError as error:
-        print(f"mlkd: error: {error}", file=sys.stderr)
-        return 2
+    print(plan(given.config, given.settings))
+    return 0
 
 
 def add_study(commands: Any) -> None:
@@ -129,11 +120,10 @@ def add_study(commands: Any) -> None:
 def run_study(given: argparse.Namespace) -> int:
     from mlkd_dist.study_runs import main as study
 
-    try:
-        return study(given.study, given.settings)
-    except UserError as error:
-        print(f"mlkd: error: {error}", file=sys.stderr)
-        return 2
+    return study(given.study, given.settings)
+
+
+OTHERS = {"export": run_export, "plan": run_plan, "study": run_study}
 
 
 def launch(config: Config, words: list[str]) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,24 @@ def logged(config: dict) -> list[dict]:
 Launch = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def environment_stays() -> Iterator[None]:
-    """A world that is started in this process says so in the environment."""
+@contextmanager
+def world_of_one() -> Iterator[Any]:
+    """Joining one says so in the environment, which later tests must not see."""
+    from mlkd_dist import engine
+
     before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    try:
+        yield engine.start()
+    finally:
+        engine.stop()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    with world_of_one():
+        yield
 
 
 @pytest.fixture(scope="session")

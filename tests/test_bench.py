@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import run_config, start
+from conftest import run_config, start, world_of_one
 
 from mlkd_dist import bench, objective
 from mlkd_dist import config as configs
 from mlkd_dist.bench import peak_of, table, whole
-from mlkd_dist.engine import World, stop
-from mlkd_dist.engine import start as start_world
+from mlkd_dist.engine import World
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Needs, Trace
 
@@ -143,10 +142,8 @@ def test_time_within_a_step_is_seen(
     config = run_config(tmp_path, teachers["embedding"], data, task="embedding")
     config["stages"][0]["losses"] = {"hidden_mse": {"layers": "last"}, "embedding_mse": {}}
     config["bench"] = {"rounds": 1, "steps": 2, "out": str(tmp_path / "out.json")}
-    try:
-        bench.bench(configs.from_mapping(config), start_world())
-    finally:
-        stop()
+    with world_of_one() as world:
+        bench.bench(configs.from_mapping(config), world)
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["floor_s"], found["step_s"], found["overhead"]) == (1.0, 1.25, 1.25)
     assert found["losses"]["hidden_mse"] == {"seconds": 0.25, "share": 0.2}

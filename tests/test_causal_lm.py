@@ -13,7 +13,7 @@ from conftest import write_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mlkd_dist import engine, tasks
+from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig, UserError
 from mlkd_dist.data import prepare
 from mlkd_dist.head import Head
@@ -23,18 +23,13 @@ from mlkd_dist.tasks import Batch
 from mlkd_dist.tasks.causal_lm import packed
 from mlkd_dist.trace import Needs, Trace, capture
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 # w0 has the number 5; a text begins with [CLS], 2, and ends with [SEP], 3.
 TEMPLATE = (
     "{% for m in messages %}{{ 'w30 ' if m.role == 'user' else 'w31 ' }}{{ m.content }} w32 "
     "{% endfor %}{% if add_generation_prompt %}w31 {% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Any:
-    engine.start()
-    yield
-    engine.stop()
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mlkd_dist import engine
 from mlkd_dist.engine import World
 from mlkd_dist.head import check_linear_head
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Needs, capture
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 HEAD, LOGITS = (Needs(frozenset({name})) for name in ("head", "logits"))
@@ -30,13 +31,6 @@ SCALED = {
     "Granite": dict(vocab_size=64, hidden_size=32, num_attention_heads=4, logits_scaling=3.0),
 }
 ENCODERS = ("Bert", "Roberta", "XLMRoberta", "Electra", "Albert", "DistilBert", "ModernBert")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Any:
-    engine.start()
-    yield
-    engine.stop()
 
 
 def language_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from mlkd_dist import engine
 from mlkd_dist.config import OpenConfig, from_mapping
 from mlkd_dist.engine import World
 from mlkd_dist.objective import Objective, Widths
@@ -14,14 +13,9 @@ from mlkd_dist.schedule import Opening
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Layer, Trace
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 B, L, STUDENT, TEACHER, LAYERS = 3, 5, 4, 6, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Any:
-    engine.start()
-    yield
-    engine.stop()
 
 
 def options(losses: dict[str, dict], task: str = "classification") -> dict[str, dict]:

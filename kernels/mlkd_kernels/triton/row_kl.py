@@ -71,6 +71,16 @@ def absorb(t, s, state):
     return new_t, t_sum, new_s, s_sum, cross
 
 
+@triton.jit
+def absorb_row(p, q, columns, bias, seen, excluded, BLOCK: tl.constexpr):
+    state = nothing_seen()
+    for first in range(0, seen, BLOCK):
+        t, _ = load_scores(p, first, columns, bias, seen, excluded, BLOCK)
+        s, _ = load_scores(q, first, columns, bias, seen, excluded, BLOCK)
+        state = absorb(t, s, state)
+    return state
+
+
 @triton.jit(do_not_specialize=["rows", "columns", "start", "excluded"])
 def kl_rows(
     p,
@@ -88,12 +98,7 @@ def kl_rows(
     p, q, bias, seen, excluded, index = place(
         p, q, bias, rows, columns, bias_head, start, excluded, CAUSAL
     )
-    state = nothing_seen()
-    for first in range(0, seen, BLOCK):
-        t, _ = load_scores(p, first, columns, bias, seen, excluded, BLOCK)
-        s, _ = load_scores(q, first, columns, bias, seen, excluded, BLOCK)
-        state = absorb(t, s, state)
-    t_max, t_sum, s_max, s_sum, cross = state
+    t_max, t_sum, s_max, s_sum, cross = absorb_row(p, q, columns, bias, seen, excluded, BLOCK)
     tl.store(out + index, (cross / t_sum - tl.log2(t_sum) + tl.log2(s_sum)) * LN_2)
 
 
@@ -116,12 +121,7 @@ def kl_slope(
     p, q, bias, seen, excluded, index = place(
         p, q, bias, rows, columns, bias_head, start, excluded, CAUSAL
     )
-    state = nothing_seen()
-    for first in range(0, seen, BLOCK):
-        t, _ = load_scores(p, first, columns, bias, seen, excluded, BLOCK)
-        s, _ = load_scores(q, first, columns, bias, seen, excluded, BLOCK)
-        state = absorb(t, s, state)
-    t_max, t_sum, s_max, s_sum, cross = state
+    t_max, t_sum, s_max, s_sum, cross = absorb_row(p, q, columns, bias, seen, excluded, BLOCK)
     t_max += tl.log2(t_sum)
     s_max += tl.log2(s_sum)
     g = tl.load(grad + index)
