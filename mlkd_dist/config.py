@@ -185,6 +185,10 @@ class DataConfig:
     pack: bool = False
     """causal_lm: put several texts into one sequence of at most max_length tokens; none attends to
     another."""
+    max_bad: float = 0.0
+    """Bad rows that are left out, of train and of validation each: a share of its rows if under 1,
+    else a number of rows; more of them end the run. 0: the first one does. Those left out are
+    listed in quarantine.jsonl of the run folder."""
     workers: int = 0
     """Processes per rank that collate batches; 0 collates in the training process."""
     cache: str | None = None

@@ -135,6 +135,7 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         columns = {name: facts for name, (_, facts) in found.items()}
         told = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         told["held_out_rows"] = len(run.held_out)
+        told["bad_rows"] = run.quarantine.counts
         write_whole(run.folder / "report.json", json.dumps(told, indent=2) + "\n")
         print(f"\n{table(columns, config.batch.evaluation)}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")

@@ -1,11 +1,11 @@
 """All that is checked before any weights load and before anything is written."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
@@ -18,12 +18,12 @@ from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.quarantine import Quarantine
 from mlkd_dist.roles import FAMILIES
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
-from mlkd_dist.sources import read as read_source
 from mlkd_dist.student import cut_config
 from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_kernels import choose
@@ -67,12 +67,11 @@ def check_attention(config: Config) -> None:
 def prepared(config: Config, world: World, student_path: str) -> Run:
     """Task, tokenizer and tokenised data. The first process reads and checks; the others then find
     its cache. Writes nothing but that cache."""
-    task = tasks.load(config.task.kind)(config.task, config.data)
-    trust = config.trust_remote_code
 
-    def read() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
-        tokenizer = read_tokenizer(student_path, trust)
-        data = config.data
+    def read() -> Run:
+        tokenizer = read_tokenizer(student_path, config.trust_remote_code)
+        task, data = read_task(config), config.data
+        quarantine = Quarantine(data.max_bad)
         train, held_out = prepare(
             data.train,
             data.validation,
@@ -82,26 +81,35 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
             data.max_length,
             data.cache,
             data.train_rows,
+            quarantine,
         )
-        return tokenizer, train, held_out
+        return Run(config, world, task, tokenizer, train, held_out, quarantine)
 
     def read_and_check() -> None:
         shapes = check_shapes_of_models(config, student_path)
-        check_low_rank(config, task)
-        tokenizer, train, held_out = read()
-        check_openings(config, world, len(train), *shapes)
-        run = Run(config, world, task, tokenizer, train, held_out)
+        check_low_rank(config, tasks.load(config.task.kind))
+        run = read()
+        check_openings(config, world, len(run.train), *shapes)
         check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
-        if task.vocabulary:
+        if run.task.vocabulary:
             check_entries(run, student_path)
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
 
     on_first(world, user_errors(read_and_check))
-    return Run(config, world, task, *read())
+    return read()
+
+
+def read_task(config: Config) -> Any:
+    """The task, which knows how many classes labels may be of where a model says it."""
+    settings = config.task
+    if settings.kind == "classification" and config.teacher.path is not None:
+        teacher = read_config(config.teacher.path, config.trust_remote_code)
+        settings = replace(settings, labels=teacher.num_labels)
+    return tasks.load(settings.kind)(settings, config.data)
 
 
 def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | None, Shape | None]:
@@ -315,7 +323,7 @@ def check_one_output(run: Run, student_path: str) -> None:
 
 
 def check_classes(run: Run, student_path: str) -> None:
-    """That models and labels speak of the same classes."""
+    """That the models speak of the same classes."""
     config = run.config
     student = read_config(student_path, config.trust_remote_code)
     teacher = (
@@ -333,21 +341,9 @@ def check_classes(run: Run, student_path: str) -> None:
             f"task.labels: {config.task.labels} is not allowed; teacher {config.teacher.path!r} "
             f"has {teacher.num_labels} classes; remove it."
         )
-    classes = class_count(run) or teacher.num_labels
-    try:
-        for rows in (run.train, run.held_out):
-            run.task.check_labels(rows.unique("labels"), classes)
-    except ValueError:
-        refuse_labels(run, classes)
-
-
-def refuse_labels(run: Run, classes: int) -> None:
-    """UserError that names the row in its source, of which the run's rows may be a part."""
-    data, task = run.config.data, run.task
-    for key, place in (("data.train", data.train), ("data.validation", data.validation)):
-        if place is None:
-            continue
-        try:
-            task.check_labels(read_source(place, task.columns, task.label)[task.label], classes)
-        except ValueError as error:
-            raise UserError(f"{key}: {error}") from error
+    classes = run.held_out.unique("labels")
+    if teacher is None and max(classes) >= ours:
+        raise UserError(
+            f"label {max(classes)} of the validation rows is in no training row, and the model has "
+            f"{ours} classes (0 to {ours - 1}); set task.labels to the number of classes."
+        )

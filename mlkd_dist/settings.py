@@ -19,6 +19,7 @@ FREE = (
     "kernels",
     "trust_remote_code",
     "batch",
+    "data.max_bad",
     "data.workers",
     "data.cache",
     "teacher.zero_stage",

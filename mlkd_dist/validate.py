@@ -126,6 +126,12 @@ def check_values(config: Config) -> None:
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
         at_least("data.train_rows", config.data.train_rows, 1)
+    at_least("data.max_bad", config.data.max_bad, 0)
+    if config.data.max_bad > 1 and config.data.max_bad % 1:
+        raise UserError(
+            f"data.max_bad: {config.data.max_bad} is not allowed; give a share of the rows below "
+            f"1, or a whole number of rows."
+        )
     above("optim.eps", config.optim.eps, 0)
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

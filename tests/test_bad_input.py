@@ -33,6 +33,8 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 
 GOOD = [{"text": f"w{i} w{i + 1}", "label": i % 3} for i in range(8)]
 
+ASKS = {"role": "user", "content": "w0"}
+
 # Case -> the rows of its training file.
 ROWS = {
     "no rows": [],
@@ -43,20 +45,36 @@ ROWS = {
     "label a fraction": [{"text": "w1", "label": 0.5}, {"text": "w2", "label": 0.5}],
     "an empty completion": [{"text": "w1", "answer": "w2"}, {"text": "w3", "answer": " "}],
     "a prompt of the whole window": [{"text": "w1 " * 50, "answer": f"w{i}"} for i in range(3)],
-    "no chat template": [{"chat": [{"role": "assistant", "content": f"w{i}"}]} for i in range(3)],
+    "no chat template": [
+        {"chat": [ASKS, {"role": "assistant", "content": f"w{i}"}]} for i in range(3)
+    ],
+    "too many bad rows": [*GOOD, '{"text": "w1", "label"', GOOD[0] | {"text": " "}, "null"],
 }
 
 # Case -> pieces that its sentence must hold.
 SAID = {
     "other tokenizer": ["teacher", "student", "different tokenizers", "'w0'", "'other'", "use a"],
     "no rows": ["no rows.jsonl", "is empty"],
-    "not JSON": ["not JSON.jsonl", "line 3", "not JSON", "one JSON object per line"],
+    "not JSON": ["not JSON.jsonl', line 3: it is not JSON", "one JSON object per line", "max_bad"],
+    "too many bad rows": [
+        "data.train: 3 of the 11 rows of ",
+        "more than data.max_bad allows (2)",
+        "line 9: it is not JSON",
+        "line 10: column 'text' is empty",
+        "quarantine-",
+    ],
     "no such column": ["'text'", "did you mean 'texts'?", "data.text"],
-    "label outside": ["data.train", "row 9", "label 3", "3 classes", "0 to 2"],
+    "label outside": ["label outside.jsonl', line 9: label 3", "3 classes", "0 to 2", "max_bad"],
     "label a name": ["'label'", "'good'", "labels are 0, 1, 2", "data.label"],
     "label a fraction": ["'label'", "0.5", "labels are 0, 1, 2"],
-    "an empty completion": ["'answer'", "prompt 'w3' is empty", "remove the row"],
-    "a prompt of the whole window": ["'text'", "has 51 tokens", "data.max_length is 48", "raise"],
+    "an empty completion": ["line 2: column 'answer' is empty", "remove the row"],
+    "a prompt of the whole window": [
+        "line 1: ",
+        "'text'",
+        "has 51 tokens",
+        "data.max_length is 48",
+        "raise",
+    ],
     "no chat template": ["data.messages", "no chat template", "data.prompt and data.completion"],
     "an encoder as decoder": ["BertLMHeadModel", "tokens that come later", "use a decoder"],
     "more tokens than entries": ["40 entries", "45 tokens", "resized"],
@@ -96,7 +114,7 @@ SAID = {
     ],
     "a zero key misspelt": ["deepspeed:", "overlap_com ", "not permitted"],
     "a teacher in the making": ["run.dir", "-teacher", "holds files that are no run"],
-    "labels refused after finetune is planned": ["data.train", "row 9", "label 3"],
+    "labels refused after finetune is planned": ["label outside.jsonl', line 9: label 3"],
 }
 
 
@@ -180,7 +198,8 @@ def all_configs(base: Path) -> dict[str, dict]:
     answers = {"data__prompt": "text", "data__completion": "answer"}
     columns = dict.fromkeys(("an empty completion", "a prompt of the whole window"), answers)
     columns["no chat template"] = {"data__messages": "chat"}
-    configs = {case: config(case) for case in ROWS if case not in columns}
+    given = {"too many bad rows": {"data__max_bad": 2}}
+    configs = {case: config(case, **given.get(case, {})) for case in ROWS if case not in columns}
     configs |= {
         case: config(case, "decoder", "causal_lm", **given) for case, given in columns.items()
     }
@@ -337,6 +356,6 @@ def test_two_processes_say_it_once_and_end(tmp_path: Path, teachers: dict[str, P
     )
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
-    assert output.count("line 3 is not JSON") == 1, output
+    assert output.count("line 3: it is not JSON") == 1, output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()

@@ -89,11 +89,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     spans |= {"validation": None, "validation_fraction": 0.3, "max_length": 24}
     configs["answers"] = config("answers", "question_answering", student__zero_stage=3)
     configs["answers"]["data"] |= spans
+    mixed = {key: with_bad_rows(Path(path), base / f"{key}.jsonl") for key, path in data.items()}
+    configs["bad rows"] = config("bad rows", data__max_bad=2)
+    configs["bad rows"]["data"] |= mixed
     # Four layers of the teacher's width, and no head.
     headless = {"path": str(teachers["embedding"]), "zero_stage": 3}
     configs["headless"] = config("headless", student=headless)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
+
+
+def with_bad_rows(good: Path, path: Path) -> str:
+    """One on the first line; and one after the fifth that is good."""
+    lines = good.read_bytes().splitlines(keepends=True)
+    outside = b'{"text": "w1", "label": 3}\n'
+    path.write_bytes(b"".join([b"na\xefve\n", *lines[:5], outside, *lines[5:]]))
+    return str(path)
 
 
 def write_questions(path: Path) -> str:
@@ -395,3 +406,23 @@ def test_every_zero_stage_reports_the_same_model(runs: dict) -> None:
         assert report["teacher"]["parameters"] == reports[0]["teacher"]["parameters"]
         kl = report["student"]["agreement"]["kl"]
         assert kl == pytest.approx(reports[0]["student"]["agreement"]["kl"], rel=1e-3)
+
+
+def test_a_run_goes_on_without_bad_rows(runs: dict) -> None:
+    """As the run on the same data without them, to the bit."""
+    config, clean = runs["bad rows"], runs["zero0"]
+    for ours, theirs in zip(logged(config), logged(clean), strict=True):
+        for name in (key for key in theirs if key.startswith("loss/") or key == "grad_norm"):
+            assert ours[name] == theirs[name], name
+    report, other = (json.loads((folder(c) / "report.json").read_text()) for c in (config, clean))
+    assert report["student"]["quality"] == other["student"]["quality"]
+    assert report["bad_rows"] == {"data.train": 2, "data.validation": 2}
+    assert other["bad_rows"] == {"data.train": 0, "data.validation": 0}
+    lines = (folder(config) / "quarantine.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [(row["data"], row["line"]) for row in listed] == [
+        (key, line) for key in ("data.train", "data.validation") for line in (1, 7)
+    ]
+    assert "not UTF-8" in listed[0]["reason"] and "label 3 is outside" in listed[1]["reason"]
+    assert listed[1]["content"] == '{"text": "w1", "label": 3}'
+    assert not (folder(clean) / "quarantine.jsonl").exists()
