@@ -129,13 +129,15 @@ def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
     """That a loss on attention maps would see the model's own: those that softmax makes of all
     scores of the tokens before, or of all tokens."""
     losses = [name for stage in config.stages for name in stage.losses]
-    name = next((name for name in losses if loss_schema(name).same_heads), None)
-    if name is None:
+    readers = [f"losses.{name}" for name in losses if loss_schema(name).same_heads]
+    readers += ["run.compare_maps"] * config.run.compare_maps
+    if not readers:
         return
+    name = readers[0]
     if getattr(found, "attn_logit_softcapping", None):
         raise UserError(
-            f"losses.{name}: model {path!r} caps its attention scores, so its attention maps are "
-            f"not made of queries and keys alone; use attention_relation."
+            f"{name}: model {path!r} caps its attention scores, so its attention maps are not made "
+            f"of queries and keys alone; leave it out, or use attention_relation."
         )
     # What `local_attention` counts lies half before a token and half behind it.
     both_ways = getattr(found, "local_attention", None) or 0

@@ -326,6 +326,7 @@ REFUSED: dict[str, list[str]] = {
         "data.pack=false",
         "soft_labels",
     ],
+    f"{PACKED} run.compare_maps=true": ["run.compare_maps", "packed", "data.pack=false"],
     f"{PACKED} student.attention=flash_attention_2": ["student.attention", "apart", "use sdpa"],
     f"{PACKED} stages[0].losses.sample_relation={{}}": ["losses.sample_relation", "mix"],
     "stages[0].losses.soft_labels.kind=kl": ["soft_labels.kind: 'kl'", "forward_kl, reverse_kl"],
