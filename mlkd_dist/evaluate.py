@@ -164,21 +164,20 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
     """report.json and a table: the teacher beside the student before and after."""
     run = evaluator.run
     config, world = run.config, run.world
-    student = config.student
-    found = {"student": evaluator(str(run.folder / "export"), student.dtype, student.attention)}
+    student, student_path = config.student, str(run.folder / "export")
+    found = {"student": evaluator(student_path, student.dtype, student.attention)}
     if before is not None:
         found = {"student before": before} | found
     if config.teacher.path is not None:
         teacher = config.teacher
         found = {"teacher": evaluator(teacher.path, teacher.dtype, teacher.attention)} | found
-    for name, (outputs, facts) in found.items():
-        if config.teacher.path is None or name == "teacher":
-            continue
-        maps = attention_divergence(evaluator, facts["path"]) if config.run.compare_maps else None
-        if world.first:
-            facts["agreement"] = run.task.agreement(outputs, found["teacher"][0])
-            facts["agreement"] |= {} if maps is None else {"attention_kl": maps}
+    maps = attention_divergence(evaluator, student_path) if config.run.compare_maps else None
     if world.first:
+        for name, (outputs, facts) in found.items():
+            if "teacher" in found and name != "teacher":
+                facts["agreement"] = run.task.agreement(outputs, found["teacher"][0])
+        if maps is not None:
+            found["student"][1]["agreement"]["attention_kl"] = maps
         columns = {name: facts for name, (_, facts) in found.items()}
         told = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         told["held_out_rows"] = len(run.held_out)

@@ -94,8 +94,7 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
-        if task.vocabulary:
-            check_entries(run, student_path)
+        check_entries(run, student_path)
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
@@ -195,7 +194,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_kind(config, run.task, path, found)
+        check_positions(run, path, check_kind(config, run.task, path, found))
         loaded[path] = load_model(
             run.task.model_class,
             path,
@@ -258,6 +257,28 @@ def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) ->
         check_linear_head(model, path)
         check_direction(model, path, config)
     return model
+
+
+def check_positions(run: Run, path: str, model: PreTrainedModel) -> None:
+    """That a model which counts positions from its padding token's number on, as RoBERTa does, has
+    the tokenizer's padding token, and a place for the last token."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    table = next((m for m in tables if getattr(m, "padding_idx", None) is not None), None)
+    if table is None:
+        return
+    pad, length = run.tokenizer.pad_token_id, run.config.data.max_length
+    if table.padding_idx != pad:
+        raise UserError(
+            f"model {path!r} counts positions from its padding token {table.padding_idx} on, and "
+            f"the tokenizer pads with {pad}; use a model made for this tokenizer: pad_token_id in "
+            f"its config.json must be {pad}."
+        )
+    limit = table.num_embeddings - pad - 1
+    if length > limit:
+        raise UserError(
+            f"data.max_length: {length} is more than the {limit} tokens {path!r} takes, which "
+            f"counts positions from {pad + 1} on; use {limit} or less."
+        )
 
 
 def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:

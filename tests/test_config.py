@@ -515,6 +515,7 @@ def test_what_a_run_writes_down_loads_as_the_same_config(folder: Path, tmp_path:
     config = load(folder / "good.yaml", changes)
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
+    config.run.compare_maps = True
     own = finetune_config(config)
     save(own, tmp_path / "own.yaml")
     assert asdict(load(tmp_path / "own.yaml")) == asdict(own)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, launch, logged, run_config, write_model
+import transformers
+from conftest import BERT, LOGIT_LOSSES, LOSSES, WORDS, launch, logged, run_config, write_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -21,6 +22,8 @@ from mlkd_dist.low_rank import merge
 from mlkd_kernels import choose
 
 STAGES = [0, 1, 2, 3]
+SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+MODERN = dict(pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     path = write_model(base / "gpt2", gpt2, AutoModelForSequenceClassification)
     configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
     configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
+    # Students of other families than their teacher, a BERT.
+    for family, given in (("Roberta", {"pad_token_id": 0}), ("ModernBert", MODERN)):
+        made = getattr(transformers, f"{family}Config")(**BERT | SMALL | given, num_labels=3)
+        path = write_model(base / family, made, AutoModelForSequenceClassification)
+        own = {"path": str(path), "zero_stage": 2, "dropout": False}
+        configs[family] = config(family, student=own, data__text_pair="other")
+        configs[family]["teacher"]["zero_stage"] = 3
     for name in ("factors3", "factors-gpt2", "zero3"):
         configs[name]["run"]["compare_maps"] = True
     configs["workers"] = config("workers", data__workers=1)
@@ -210,6 +220,22 @@ def test_pairs_of_texts_reach_the_model_as_pairs(runs: dict) -> None:
     assert inputs["token_type_ids"].max() == 1
     model = AutoModelForSequenceClassification.from_pretrained(folder(runs["pairs"]) / "export")
     assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "ModernBert"])
+def test_a_student_of_another_family_learns(runs: dict, family: str) -> None:
+    """From pairs, whose second text has a token type that neither family knows."""
+    inputs, logits = trained(runs[family])
+    assert inputs["token_type_ids"].max() == 1
+    path = folder(runs[family]) / "export"
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    assert type(model).__name__.startswith(family)
+    taken = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.allclose(model(**taken).logits, logits, atol=1e-5)
+    rows = logged(runs[family])
+    for name in LOSSES | LOGIT_LOSSES:
+        assert 0 < rows[-1][f"loss/{name}"]
+    assert rows[-1]["loss/total"] < 0.95 * rows[0]["loss/total"]
 
 
 def test_a_regression_learns_numbers(runs: dict) -> None:
