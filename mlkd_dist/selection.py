@@ -49,7 +49,7 @@ def good_rows(
     """The rows that `encode` takes: all, or the `count` of them with the smallest hashes. Those
     that it refuses on the way go into `sieve`."""
     order = np.arange(len(dataset)) if count is None else _by_hash(dataset)
-    good: list[int] = []
+    good = np.empty(0, dtype=order.dtype)
     while len(order) and (count is None or len(good) < count):
         left = len(order) if count is None else count - len(good)
         look, order = np.sort(order[:left]), order[left:]
@@ -58,10 +58,10 @@ def good_rows(
         for i, error in bad.items():
             row = dict(part[i])
             sieve.refuse(row.pop(LINE), error, json.dumps(row, default=str))
-        good += [int(place) for i, place in enumerate(look) if i not in bad]
+        good = np.append(good, np.delete(look, list(bad)))
     if count is not None:
         refuse_too_many(count, len(good), "good ")
-    return dataset.select(sorted(good))
+    return dataset.select(np.sort(good))
 
 
 def refuse_too_many(count: int, there: int, kind: str = "") -> None:

@@ -224,7 +224,7 @@ def _checked(found: datasets.Dataset, wanted: Columns, sieve: Sieve) -> datasets
             raise wanted.whole(wanted.wrong(name, held))
     sieve.rows = len(found)
     numbered = found.add_column(LINE, np.arange(1, len(found) + 1))
-    good = list(_good(numbered, wanted, sieve))
+    good = np.fromiter(_good(numbered, wanted, sieve), dtype=np.int64)
     return numbered if len(good) == len(found) else numbered.select(good)
 
 

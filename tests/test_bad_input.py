@@ -56,6 +56,11 @@ SAID = {
     "other tokenizer": ["teacher", "student", "different tokenizers", "'w0'", "'other'", "use a"],
     "no rows": ["no rows.jsonl", "is empty"],
     "not JSON": ["not JSON.jsonl', line 3: it is not JSON", "one JSON object per line", "max_bad"],
+    "a class of validation alone": [
+        "label 5 of the validation",
+        "3 classes (0 to 2)",
+        "task.labels",
+    ],
     "too many bad rows": [
         "data.train: 3 of the 11 rows of ",
         "more than data.max_bad allows (2)",
@@ -239,6 +244,11 @@ def all_configs(base: Path) -> dict[str, dict]:
         "an opening too short": config("an opening too short"),
         "maps of a window": config("maps of a window", "mistral", "embedding"),
         "other class count": config("other class count", task__labels=5),
+        "a class of validation alone": config(
+            "a class of validation alone",
+            student=student("three"),
+            data__validation=write_rows(base / "five.jsonl", [{"text": "w1", "label": 5}]),
+        ),
         "head of another size": config("head of another size", student=student("two")),
         "no mask token": config("no mask token", "maskless", "masked_lm"),
         "validation is train": config("validation is train", data__validation=data["train"]),
@@ -284,6 +294,7 @@ def all_configs(base: Path) -> dict[str, dict]:
     configs["matrices of other sizes"]["student"] = student("slim")
     of_one_loss = {"teacher": {}, "stages": [{"steps": 1, "losses": {"hard_labels": {}}}]}
     configs["head of another size"] |= of_one_loss
+    configs["a class of validation alone"] |= of_one_loss
     hidden_only = {"steps": 1, "losses": {"hidden_mse": {}}}
     configs["a head that nobody trains"]["stages"] = [hidden_only]
     two_steps = {"steps": 2, "losses": {"hidden_mse": {}, "soft_labels": {}}}

@@ -14,9 +14,11 @@ from conftest import WORDS, write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlkd_dist import data, sources, tasks
-from mlkd_dist.config import DataConfig, TaskConfig, UserError
+from mlkd_dist.config import Config, DataConfig, TaskConfig, UserError
 from mlkd_dist.data import prepare
 from mlkd_dist.quarantine import Quarantine
+from mlkd_dist.settings import mathematics
+from mlkd_dist.study_folder import settings as settings_of_study
 
 SIZE = 16
 PASSAGE = " ".join(WORDS[:8])
@@ -348,6 +350,14 @@ def test_rows_of_a_smaller_number_are_good_ones(tmp_path: Path, prepared: Callab
     assert counts == sorted(counts) and counts[-1] <= 10
     with pytest.raises(UserError, match="data.train_rows: 11 is more than the 10 good rows"):
         prepared("causal_lm", train, 0.5, rows=11)
+
+
+def test_how_many_may_be_left_out_may_change() -> None:
+    """While a run goes on, and in a study whose runs are there already."""
+    few, many = Config(), Config()
+    many.data.max_bad = 100
+    assert mathematics(few) == mathematics(many)
+    assert settings_of_study(few) == settings_of_study(many)
 
 
 # Other sources
