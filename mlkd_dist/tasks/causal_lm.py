@@ -175,8 +175,9 @@ def chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, b
                 messages[:upto], tokenize=False, add_generation_prompt=opening
             )
         except TemplateError as error:
+            said = " ".join(str(error).split())
             raise BadRow(
-                f"data.messages: the tokenizer's chat template refuses the chat ({error})",
+                f"data.messages: the tokenizer's chat template refuses the chat ({said})",
                 "write it as the template has it",
             ) from error
 
@@ -208,7 +209,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def check_roles(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
     for message in messages:
         role = message["role"]
-        if role not in ROLES and role not in str(tokenizer.chat_template):
+        if role not in ROLES and (not role or role not in str(tokenizer.chat_template)):
             raise BadRow(
                 f"data.messages: {role!r} is no role that the tokenizer's chat template knows",
                 f"use {', '.join(ROLES)}",
@@ -221,19 +222,20 @@ def check_messages(text: str) -> None:
         messages = json.loads(text)
     except (ValueError, RecursionError):
         messages = None
+    shown = " ".join(text[:80].split())
     wrong = not isinstance(messages, list) or not all(
         isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content"))
         for m in messages
     )
     if wrong or not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise BadRow(
-            f"data.messages: {text[:80]} is not a chat",
+            f"data.messages: {shown} is not a chat",
             'give a list of {"role": ..., "content": ...} with at least one answer of the role '
             '"assistant"',
         )
     if messages[0]["role"] == "assistant":
         raise BadRow(
-            f"data.messages: {text[:80]} begins with an answer",
+            f"data.messages: {shown} begins with an answer",
             "give what it answers, or remove the row",
         )
 
