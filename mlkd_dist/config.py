@@ -141,6 +141,14 @@ class StudentConfig:
 
 
 @dataclass
+class GenerateConfig:
+    rows: int = 128
+    """How many held-out prompts are answered, the first ones; 0: none."""
+    max_new_tokens: int = 128
+    """Tokens of an answer at most; prompt and answer end at data.max_length, as completions do."""
+
+
+@dataclass
 class TaskConfig:
     kind: str = "embedding"
     """embedding, classification, regression, question_answering, masked_lm or causal_lm."""
@@ -153,6 +161,9 @@ class TaskConfig:
     data.max_length."""
     mask_probability: float | None = None
     """masked_lm: share of the tokens that are hidden (default 0.15)."""
+    generate: GenerateConfig | None = None
+    """causal_lm with prompts or chats: greedy answers to held-out prompts, for ROUGE-L. Default: as
+    GenerateConfig says, with fewer tokens where the models have no more positions."""
 
 
 @dataclass

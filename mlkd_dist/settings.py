@@ -19,6 +19,7 @@ FREE = (
     "kernels",
     "trust_remote_code",
     "batch",
+    "task.generate",
     "data.workers",
     "data.cache",
     "teacher.zero_stage",

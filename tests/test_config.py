@@ -76,6 +76,10 @@ PACKED = (
     "task.kind=causal_lm data.pack=true teacher.path={gpt2} student={from_teacher: {layers: 2}} "
     "stages=[{steps: 1, losses: {soft_labels: {}, hidden_mse: {}}}]"
 )
+ANSWERS = (
+    "task.kind=causal_lm teacher.path={gpt2} student={from_teacher: {layers: 2}} data.prompt=q "
+    "data.completion=a stages=[{steps: 1, losses: {soft_labels: {}}}]"
+)
 OF_NOTHING = "stages[0].losses.attention_relation.of="
 RELATION = "stages[0].losses.attention_relation"
 
@@ -328,6 +332,15 @@ REFUSED: dict[str, list[str]] = {
     ],
     f"{PACKED} student.attention=flash_attention_2": ["student.attention", "apart", "use sdpa"],
     f"{PACKED} stages[0].losses.sample_relation={{}}": ["losses.sample_relation", "mix"],
+    f"{ANSWERS} task.generate={{rows: 0}}": [],
+    f"{ANSWERS} task.generate={{rows: -1}}": ["task.generate.rows: -1", "0 or more"],
+    f"{ANSWERS} task.generate={{max_new_tokens: 0}}": ["generate.max_new_tokens: 0", "1 or more"],
+    f"{ANSWERS} task.generate={{row: 8}}": ["task.generate.row: no such key", "generate.rows'"],
+    "task.generate={}": ["task.generate: only for task.kind causal_lm, given with classification"],
+    f"{ANSWERS} data.prompt= data.completion= task.generate={{}}": [
+        "task.generate: the documents of data.text have no prompts",
+        "data.prompt and data.completion",
+    ],
     "stages[0].losses.soft_labels.kind=kl": ["soft_labels.kind: 'kl'", "forward_kl, reverse_kl"],
     "stages[0].losses.soft_labels.beta=0.5": ["beta: 0.5", "kind forward_kl", "use jsd"],
     "stages[0].losses.soft_labels={kind: jsd, beta: 1}": ["soft_labels.beta: 1", "0 and 1"],
