@@ -223,6 +223,21 @@ class OpenConfig:
 
 
 @dataclass
+class OnPolicyConfig:
+    fraction: float = 0.5
+    """Share of the steps, drawn by run.seed, that learn from answers to the prompts of their batch
+    instead of its completions."""
+    by: str = "student"
+    """Who answers: student, as it is at that step, or teacher."""
+    temperature: float = 1.0
+    """Of the distribution that tokens are drawn from; 0: the most likely ones."""
+    top_p: float = 1.0
+    """Tokens are drawn from the most likely ones that hold this much of the probability."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most; prompt and answer end at data.max_length, as completions do."""
+
+
+@dataclass
 class StageConfig:
     name: str = "distill"
     """Name in logs."""
@@ -237,6 +252,8 @@ class StageConfig:
     """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
     open: OpenConfig | None = None
     """When the losses of which layers count; default: all of them at every step."""
+    on_policy: OnPolicyConfig | None = None
+    """causal_lm with prompts or chats: learn from generated answers too."""
     lr: float | None = None
     """Peak learning rate of this stage; default optim.lr."""
 
