@@ -47,6 +47,9 @@ class RunConfig:
     """Minutes after its start at which the program saves, stops and exits with 75."""
     max_skipped: int = 10
     """So many steps in a row without a finite loss and gradient stop the run."""
+    compare_maps: bool = False
+    """The report also tells how far the student's attention maps are from its teacher's, summed
+    over layers, where both have as many heads."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
-from mlkd_dist.prompts import check_positions
+from mlkd_dist.prompts import check_answers_fit
 from mlkd_dist.roles import FAMILIES
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
@@ -95,8 +95,7 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
-        if task.vocabulary:
-            check_entries(run, student_path)
+        check_entries(run, student_path)
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
@@ -122,7 +121,7 @@ def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | N
                 f"{path!r} takes; use {limit} or less."
             )
         if limit is not None:
-            check_positions(config, path, limit)
+            check_answers_fit(config, path, limit)
         check_maps(config, path, found)
     teacher = shapes.get("teacher.path")
     return teacher, check_shapes(config, teacher, shapes["student.path"])
@@ -132,13 +131,15 @@ def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
     """That a loss on attention maps would see the model's own: those that softmax makes of all
     scores of the tokens before, or of all tokens."""
     losses = [name for stage in config.stages for name in stage.losses]
-    name = next((name for name in losses if loss_schema(name).same_heads), None)
-    if name is None:
+    readers = [f"losses.{name}" for name in losses if loss_schema(name).same_heads]
+    readers += ["run.compare_maps"] * config.run.compare_maps
+    if not readers:
         return
+    name = readers[0]
     if getattr(found, "attn_logit_softcapping", None):
         raise UserError(
-            f"losses.{name}: model {path!r} caps its attention scores, so its attention maps are "
-            f"not made of queries and keys alone; use attention_relation."
+            f"{name}: model {path!r} caps its attention scores, so its attention maps are not made "
+            f"of queries and keys alone; leave it out, or use attention_relation."
         )
     # What `local_attention` counts lies half before a token and half behind it.
     both_ways = getattr(found, "local_attention", None) or 0
@@ -196,7 +197,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_kind(config, run.task, path, found)
+        check_positions(run, path, check_kind(config, run.task, path, found))
         loaded[path] = load_model(
             run.task.model_class,
             path,
@@ -259,6 +260,28 @@ def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) ->
         check_linear_head(model, path)
         check_direction(model, path, config)
     return model
+
+
+def check_positions(run: Run, path: str, model: PreTrainedModel) -> None:
+    """That a model which counts positions from its padding token's number on, as RoBERTa does, has
+    the tokenizer's padding token, and a place for the last token."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    table = next((m for m in tables if getattr(m, "padding_idx", None) is not None), None)
+    if table is None:
+        return
+    pad, length = run.tokenizer.pad_token_id, run.config.data.max_length
+    if table.padding_idx != pad:
+        raise UserError(
+            f"model {path!r} counts positions from its padding token {table.padding_idx} on, and "
+            f"the tokenizer pads with {pad}; use a model made for this tokenizer: pad_token_id in "
+            f"its config.json must be {pad}."
+        )
+    limit = table.num_embeddings - pad - 1
+    if length > limit:
+        raise UserError(
+            f"data.max_length: {length} is more than the {limit} tokens {path!r} takes, which "
+            f"counts positions from {pad + 1} on; use {limit} or less."
+        )
 
 
 def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:

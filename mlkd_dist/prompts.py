@@ -78,7 +78,7 @@ def new_tokens(config: Config) -> dict[str, int]:
     }
 
 
-def check_positions(config: Config, path: str, limit: int) -> None:
+def check_answers_fit(config: Config, path: str, limit: int) -> None:
     """That a prompt that all but fills the window leaves positions for what is said after it."""
     for key, tokens in new_tokens(config).items():
         if config.data.max_length + tokens > limit:

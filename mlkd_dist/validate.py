@@ -68,6 +68,7 @@ def validate(config: Config) -> None:
     check_pack(config)
     check_generate(config)
     check_on_policy(config)
+    check_compare_maps(config)
     check_models(config)
 
 
@@ -272,6 +273,18 @@ def check_pack(config: Config) -> None:
                     f"another and would mix the documents of a packed sequence; use "
                     f"data.pack=false, or losses such as soft_labels and hidden_mse."
                 )
+
+
+def check_compare_maps(config: Config) -> None:
+    if not config.run.compare_maps:
+        return
+    if config.teacher.path is None:
+        raise UserError("run.compare_maps: there is no teacher to compare with; remove it.")
+    if config.data.pack:
+        raise UserError(
+            "run.compare_maps: attention maps of packed sequences are not compared; use "
+            "data.pack=false, or remove it."
+        )
 
 
 def check_length(key: str, given: Any) -> None:

@@ -60,6 +60,9 @@ SAID = {
     "no chat template": ["data.messages", "no chat template", "data.prompt and data.completion"],
     "an encoder as decoder": ["BertLMHeadModel", "tokens that come later", "use a decoder"],
     "more tokens than entries": ["40 entries", "45 tokens", "resized"],
+    "fewer entries, no head over them": ["40 entries", "45 tokens", "resized"],
+    "positions from another padding": ["padding token 1 on", "pads with 0", "must be 0"],
+    "too long from its padding on": ["data.max_length: 64", "63 tokens", "use 63 or less"],
     "no such file": ["absent.jsonl", "no such file"],
     "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
     "broken weights": ["cut short", "cannot be loaded"],
@@ -115,6 +118,7 @@ def write_models(folder: Path) -> dict[str, Path]:
         ConvBertConfig,
         GPT2Config,
         MistralConfig,
+        RobertaConfig,
     )
 
     bert = BertConfig(**BERT, num_labels=3)
@@ -132,6 +136,11 @@ def write_models(folder: Path) -> dict[str, Path]:
         "base": write_model(folder / "base", bert, AutoModel),
         "words": write_model(folder / "words", bert, classifier, words=["other", *WORDS[1:]]),
         "convbert": write_model(folder / "convbert", convbert, AutoModel),
+        "few": write_model(folder / "few", BertConfig(**BERT | {"vocab_size": 40}), AutoModel),
+        "roberta": write_model(
+            folder / "roberta", RobertaConfig(**BERT, pad_token_id=0), AutoModel
+        ),
+        "padded": write_model(folder / "padded", RobertaConfig(**BERT, pad_token_id=1), AutoModel),
         "mistral": write_model(folder / "mistral", mistral, AutoModel),
         "gpt2": write_model(folder / "gpt2", gpt2, classifier),
         "decoder": write_model(folder / "decoder", gpt2, AutoModelForCausalLM),
@@ -192,6 +201,19 @@ def all_configs(base: Path) -> dict[str, dict]:
     configs |= {
         "an encoder as decoder": config("an encoder as decoder", "maskless", "causal_lm"),
         "more tokens than entries": config("more tokens than entries", "narrow", "causal_lm"),
+        "fewer entries, no head over them": config(
+            "fewer entries, no head over them", "base", "embedding", student=student("few")
+        ),
+        "positions from another padding": config(
+            "positions from another padding", "base", "embedding", student=student("padded")
+        ),
+        "too long from its padding on": config(
+            "too long from its padding on",
+            "base",
+            "embedding",
+            student=student("roberta"),
+            data__max_length=64,
+        ),
         "other tokenizer": config("other tokenizer", student=student("words")),
         "no such file": config("no such file", data__train=str(base / "absent.jsonl")),
         "no head": config("no head", teacher="base"),

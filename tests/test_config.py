@@ -331,6 +331,7 @@ REFUSED: dict[str, list[str]] = {
         "data.pack=false",
         "soft_labels",
     ],
+    f"{PACKED} run.compare_maps=true": ["run.compare_maps", "packed", "data.pack=false"],
     f"{PACKED} student.attention=flash_attention_2": ["student.attention", "apart", "use sdpa"],
     f"{PACKED} stages[0].losses.sample_relation={{}}": ["losses.sample_relation", "mix"],
     f"{ANSWERS} task.generate={{rows: 0}}": [],
@@ -547,6 +548,7 @@ def test_what_a_run_writes_down_loads_as_the_same_config(folder: Path, tmp_path:
     config = load(folder / "good.yaml", changes)
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
+    config.run.compare_maps = True
     own = finetune_config(config)
     save(own, tmp_path / "own.yaml")
     assert asdict(load(tmp_path / "own.yaml")) == asdict(own)
