@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WORDS, logged, run_config, start, world_of_one
+from conftest import WORDS, logged, run_config, start
 from test_causal_lm import PAIRS, rows_of, task_of
 from test_generate import by_hand, chat_tokenizer
 from test_head import language_model
@@ -22,11 +22,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from mlkd_dist import config as configs
 from mlkd_dist import on_policy
 from mlkd_dist.config import OnPolicyConfig, StageConfig
 from mlkd_dist.data import Sampler
-from mlkd_dist.distill import distill
 from mlkd_dist.engine import World
 from mlkd_dist.generate import generate
 from mlkd_dist.on_policy import Policy, Twin, speaks
@@ -219,12 +217,16 @@ def rows(config: dict) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMING} for row in logged(config)]
 
 
-def distilled(config: dict) -> None:
-    """By this process alone."""
-    before = torch.get_rng_state()
-    with world_of_one() as world:
-        distill(configs.from_mapping(config), world)
-    torch.set_rng_state(before)
+def distilled(configs: dict[str, dict], base: Path, world: int, killed: str = "") -> None:
+    """Each, and the one named `killed` twice: before step 3 it ends."""
+    words = []
+    for name, config in configs.items():
+        path = base / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        words += [f"{path}@3", str(path)] if name == killed else [str(path)]
+    start("interrupted_runs.py", words, base, world)
+    said = {name: json.loads((base / f"{name}.said").read_text()) for name in configs}
+    assert all(each == ["done", ""] for each in said.values()), said
 
 
 def model_at(path: Any) -> Any:
@@ -293,7 +295,7 @@ def test_a_step_by_hand(tmp_path: Path, teachers: dict) -> None:
     config = config_at(tmp_path, "alone", teachers["causal_lm"], POLICY | {"fraction": 1.0}, 3)
     config["stages"][0] |= {"steps": 1, "losses": {"soft_labels": {}}}
     config["batch"]["grad_accum"] = 2
-    distilled(config)
+    distilled({"by hand": config}, tmp_path, 1)
     student, teacher = (
         model_at(path) for path in (folder(config) / "student", config["teacher"]["path"])
     )
@@ -332,14 +334,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict) -> dict[str, 
     )
     found["teacher"]["student"]["zero_stage"] = 2
     found["teacher"]["stages"][0] |= {"losses": {"hard_labels": {}}, "steps": 2}
-    words = []
-    for name, config in found.items():
-        path = base / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        words += [f"{path}@3", str(path)] if name == "killed" else [str(path)]
-    start("interrupted_runs.py", words, base, world=2)
-    said = {name: json.loads((base / f"{name}.said").read_text()) for name in found}
-    assert set(map(tuple, said.values())) == {("done", "")}, said
+    distilled(found, base, 2, killed="killed")
     return found
 
 
@@ -363,7 +358,7 @@ def test_layouts_and_stages_learn_from_the_same_answers(
         (tmp_path / f"{part}.jsonl").symlink_to(base / f"{part}.jsonl")
     alone = config_at(tmp_path, "alone", teachers["causal_lm"], POLICY)
     alone["batch"]["micro_batch"] = 4
-    distilled(alone)
+    distilled({"alone": alone}, tmp_path, 1)
     ours, reference = rows(alone), rows(runs["zero0"])
     shares = [row["on_policy/share"] for row in reference]
     # The last step has rows that only fill it.
