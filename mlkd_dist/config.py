@@ -144,6 +144,14 @@ class StudentConfig:
 
 
 @dataclass
+class GenerateConfig:
+    rows: int = 128
+    """How many held-out prompts are answered, the first ones; 0: none."""
+    max_new_tokens: int = 128
+    """Tokens of an answer at most; prompt and answer end at data.max_length, as completions do."""
+
+
+@dataclass
 class TaskConfig:
     kind: str = "embedding"
     """embedding, classification, regression, question_answering, masked_lm or causal_lm."""
@@ -156,6 +164,9 @@ class TaskConfig:
     data.max_length."""
     mask_probability: float | None = None
     """masked_lm: share of the tokens that are hidden (default 0.15)."""
+    generate: GenerateConfig | None = None
+    """causal_lm with prompts or chats: greedy answers to held-out prompts, for ROUGE-L. Default: as
+    GenerateConfig says, with fewer tokens where the models have no more positions."""
 
 
 @dataclass
@@ -219,6 +230,21 @@ class OpenConfig:
 
 
 @dataclass
+class OnPolicyConfig:
+    fraction: float = 0.5
+    """Share of the steps, drawn by run.seed, that learn from answers to the prompts of their batch
+    instead of its completions."""
+    by: str = "student"
+    """Who answers: student, as it is at that step, or teacher."""
+    temperature: float = 1.0
+    """Of the distribution that tokens are drawn from; 0: the most likely ones."""
+    top_p: float = 1.0
+    """Tokens are drawn from the most likely ones that hold this much of the probability."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most; prompt and answer end at data.max_length, as completions do."""
+
+
+@dataclass
 class StageConfig:
     name: str = "distill"
     """Name in logs."""
@@ -233,6 +259,8 @@ class StageConfig:
     """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
     open: OpenConfig | None = None
     """When the losses of which layers count; default: all of them at every step."""
+    on_policy: OnPolicyConfig | None = None
+    """causal_lm with prompts or chats: learn from generated answers too."""
     lr: float | None = None
     """Peak learning rate of this stage; default optim.lr."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlkd_dist.answers import Answers
 from mlkd_dist.commit import write_whole
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.data import Sampler, batches
@@ -31,6 +32,7 @@ class Evaluator:
 
     def __init__(self, run: Run):
         self.run, self.config, self.task, self.world = run, run.config, run.task, run.world
+        self.answers = Answers(run)
 
     def settings(self, dtype: str, attention: str) -> TeacherConfig:
         teacher = self.config.teacher
@@ -44,11 +46,11 @@ class Evaluator:
         settings, needs = self.settings(dtype, attention), Needs(model=self.task.reads)
         model = self.load(path, settings, needs)
         parameters = parameter_count(model.model)
-        outputs = self.outputs(model)
+        outputs, answers = self.outputs(model), self.answers.of(model)
         model.close()
         facts: dict[str, Any] = {"path": path, "parameters": parameters}
         if self.world.first:
-            facts["quality"] = self.task.quality(outputs)
+            facts["quality"] = self.task.quality(outputs) | self.answers.quality(answers)
             facts["latency_ms"] = self.latency(path, settings, needs, parameters) if timed else None
         barrier()
         return outputs, facts
@@ -182,6 +184,8 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         told = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         told["held_out_rows"] = len(run.held_out)
         told["bad_rows"] = run.quarantine.counts
+        if evaluator.answers.examples:
+            told["answered_rows"] = len(evaluator.answers.examples)
         write_whole(run.folder / "report.json", json.dumps(told, indent=2) + "\n")
         print(f"\n{table(columns, config.batch.evaluation)}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")

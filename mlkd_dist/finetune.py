@@ -65,6 +65,9 @@ def finished(own: Config) -> bool:
     theirs = asdict(configs.load(made / "config.yaml"))
     # How many bad rows may be left out says nothing of those that were used.
     theirs["data"]["max_bad"] = ours["data"]["max_bad"]
+    for settings in (ours, theirs):
+        # It is asked of what is finished.
+        settings["task"].pop("generate")
     # How it is launched and logged does not change the result.
     different = [
         key

@@ -18,6 +18,7 @@ from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.prompts import check_answers_fit
 from mlkd_dist.quarantine import Quarantine
 from mlkd_dist.roles import FAMILIES
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
@@ -127,6 +128,8 @@ def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | N
                 f"data.max_length: {config.data.max_length} is more than the {limit} tokens "
                 f"{path!r} takes; use {limit} or less."
             )
+        if limit is not None:
+            check_answers_fit(config, path, limit)
         check_maps(config, path, found)
     teacher = shapes.get("teacher.path")
     return teacher, check_shapes(config, teacher, shapes["student.path"])

@@ -20,6 +20,7 @@ FREE = (
     "trust_remote_code",
     "batch",
     "data.max_bad",
+    "task.generate",
     "data.workers",
     "data.cache",
     "teacher.zero_stage",

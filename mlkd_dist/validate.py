@@ -9,6 +9,7 @@ from typing import Any
 from mlkd_dist.allowed import above, at_least, one_of, share
 from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
 from mlkd_dist.openings import check_open
+from mlkd_dist.prompts import check_generate, check_on_policy
 from mlkd_dist.roles import ROLES
 from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
@@ -65,6 +66,8 @@ def validate(config: Config) -> None:
                 f"use auto, which takes the fastest there is for each loss."
             )
     check_pack(config)
+    check_generate(config)
+    check_on_policy(config)
     check_compare_maps(config)
     check_models(config)
 

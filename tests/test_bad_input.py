@@ -90,6 +90,11 @@ SAID = {
     "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
     "broken weights": ["cut short", "cannot be loaded"],
     "too long": ["data.max_length: 65", "64 tokens", "use 64 or less"],
+    "answers too long": [
+        "stages[0].on_policy.max_new_tokens: 64 tokens after prompts of up to data.max_length (48)",
+        "the 64 that",
+        "lower one",
+    ],
     "other classes": ["3 classes", "2", "same task", "student.from_teacher"],
     "regression with classes": ["three' has 3 classes", "regression needs one", "teacher.finetune"],
     "a head that nobody trains": ["student.path", "no head for the task", "soft_labels or hard"],
@@ -238,6 +243,13 @@ def all_configs(base: Path) -> dict[str, dict]:
         "no head": config("no head", teacher="base"),
         "broken weights": config("broken weights", teacher="cut short"),
         "too long": config("too long", data__max_length=65),
+        "answers too long": config(
+            "answers too long",
+            "decoder",
+            "causal_lm",
+            data__prompt="text",
+            data__completion="text_too",
+        ),
         "other classes": config("other classes", student=student("two")),
         "regression with classes": config("regression with classes", task="regression"),
         "a head that nobody trains": config("a head that nobody trains", student=student("base")),
@@ -280,6 +292,7 @@ def all_configs(base: Path) -> dict[str, dict]:
     }
     configs["an earlier run"]["run"]["overwrite"] = False
     configs["no triton"]["kernels"] = "triton"
+    configs["answers too long"]["stages"][0] |= {"losses": {"soft_labels": {}}, "on_policy": {}}
     configs["a deepspeed key misspelt"]["deepspeed"] = {"prescale_gradient": True}
     configs["a zero key misspelt"]["deepspeed"] = {"zero_optimization": {"overlap_com": True}}
     low_rank = {"from_teacher": {"layers": 2}, "low_rank": {"keep": 0.01}}

@@ -76,6 +76,11 @@ PACKED = (
     "task.kind=causal_lm data.pack=true teacher.path={gpt2} student={from_teacher: {layers: 2}} "
     "stages=[{steps: 1, losses: {soft_labels: {}, hidden_mse: {}}}]"
 )
+ANSWERS = (
+    "task.kind=causal_lm teacher.path={gpt2} student={from_teacher: {layers: 2}} data.prompt=q "
+    "data.completion=a stages=[{steps: 1, losses: {soft_labels: {}}}]"
+)
+POLICY = f"{ANSWERS} stages[0].on_policy"
 OF_NOTHING = "stages[0].losses.attention_relation.of="
 RELATION = "stages[0].losses.attention_relation"
 
@@ -329,6 +334,34 @@ REFUSED: dict[str, list[str]] = {
     f"{PACKED} run.compare_maps=true": ["run.compare_maps", "packed", "data.pack=false"],
     f"{PACKED} student.attention=flash_attention_2": ["student.attention", "apart", "use sdpa"],
     f"{PACKED} stages[0].losses.sample_relation={{}}": ["losses.sample_relation", "mix"],
+    f"{ANSWERS} task.generate={{rows: 0}}": [],
+    f"{ANSWERS} task.generate={{rows: -1}}": ["task.generate.rows: -1", "0 or more"],
+    f"{ANSWERS} task.generate={{max_new_tokens: 0}}": ["generate.max_new_tokens: 0", "1 or more"],
+    f"{ANSWERS} task.generate={{row: 8}}": ["task.generate.row: no such key", "generate.rows'"],
+    "task.generate={}": ["task.generate: only for task.kind causal_lm, given with classification"],
+    f"{ANSWERS} data.prompt= data.completion= task.generate={{}}": [
+        "task.generate: the documents of data.text have no prompts",
+        "data.prompt and data.completion",
+    ],
+    f"{POLICY}={{}}": [],
+    f"{POLICY}={{fraction: 0}} stages[0].losses.hard_labels={{}}": [],
+    f"{POLICY}={{by: teacher, temperature: 0}} stages[0].losses.hard_labels={{}}": [],
+    f"{POLICY}={{}} stages[0].losses.hard_labels={{}}": [
+        "stages[0].on_policy: hard_labels",
+        "a stage of its own, or use by: teacher",
+    ],
+    f"{POLICY}={{}} data.pack=true": ["stages[0].on_policy", "use data.pack=false"],
+    f"{POLICY}={{}} data.prompt= data.completion=": ["stages[0].on_policy", "have no prompts"],
+    "stages[1].on_policy={}": ["stages[1].on_policy: only for task.kind causal_lm", "remove it"],
+    f"{POLICY}={{fraction: 1.5}}": ["on_policy.fraction: 1.5", "between 0 and 1"],
+    f"{POLICY}={{by: pupil}}": ["stages[0].on_policy.by: 'pupil'", "use student, teacher"],
+    f"{POLICY}={{temperature: -1}}": ["on_policy.temperature: -1", "0 or more"],
+    f"{POLICY}={{top_p: 0}}": ["on_policy.top_p: 0", "above 0 and at most 1"],
+    f"{POLICY}={{temperature: 0, top_p: 0.9}}": ["on_policy.top_p: 0.9", "temperature 0"],
+    f"{POLICY}={{max_new_tokens: 0}}": ["on_policy.max_new_tokens: 0", "1 or more"],
+    f"{POLICY}={{top_k: 5}}": ["stages[0].on_policy.top_k: no such key", "allowed here: fraction"],
+    f"{POLICY}={{by: teacher}} teacher.path= student={{path: {{gpt2}}}} "
+    "stages[0].losses={hard_labels: {}}": ["on_policy.by: teacher needs teacher.path"],
     "stages[0].losses.soft_labels.kind=kl": ["soft_labels.kind: 'kl'", "forward_kl, reverse_kl"],
     "stages[0].losses.soft_labels.beta=0.5": ["beta: 0.5", "kind forward_kl", "use jsd"],
     "stages[0].losses.soft_labels={kind: jsd, beta: 1}": ["soft_labels.beta: 1", "0 and 1"],

@@ -18,6 +18,13 @@ Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
     outputs(trace, batch)         per sample results of one batch, a dict of tensors on the CPU
     quality(outputs)              how well the model does by the labels: name -> number
     agreement(student, teacher)   how alike two models' outputs are: name -> number
+
+and, where models may be asked to answer the prompts of its rows,
+
+    prompted                      whether these rows have prompts; may be left out
+    examples(row)                 (prompt, completion) of an encoded row, as token numbers
+    answered(prompt, said)        the encoded row of another completion
+    answer_quality(said, meant)   how well a model answers, of texts: name -> number
 """
 
 import importlib

@@ -2,6 +2,7 @@
 
 import json
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mlkd_dist.tasks import BROKEN, IGNORE, BadRow, Batch
+from mlkd_dist.tasks._rouge import rouge_l
 from mlkd_dist.tasks._vocabulary import accuracy, perplexity, same_token, token_outputs
 from mlkd_dist.trace import Trace
 
@@ -41,6 +43,7 @@ class Task:
             self.keys = {data.text: "data.text"}
         self.columns = list(self.keys)
         self.longest = dict.fromkeys(self.columns, LONGEST_DOCUMENT)
+        self.prompted = "data.text" not in self.keys.values()
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "causal_lm", "columns": self.keys, "pack": self.pack}
@@ -145,6 +148,23 @@ class Task:
 
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return {"next_token_accuracy": accuracy(outputs), "perplexity": perplexity(outputs)}
+
+    def examples(self, row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+        """What leads to the last thing to be said, and that; of each document of a packed row."""
+        start = 0
+        for length in row.get("lengths", [len(row["input_ids"])]):
+            ids, target = (row[key][start : start + length] for key in ("input_ids", "target"))
+            end = length - target[::-1].index(True)
+            begin = end - [*target[:end][::-1], False].index(False)
+            yield ids[:begin], ids[begin:end]
+            start += length
+
+    def answered(self, prompt: list[int], said: list[int]) -> dict[str, Any]:
+        target = [False] * len(prompt) + [True] * len(said)
+        return {"input_ids": prompt + said, "target": target}
+
+    def answer_quality(self, said: list[str], meant: list[str]) -> dict[str, float]:
+        return rouge_l(said, meant)
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         return same_token(student, teacher)
