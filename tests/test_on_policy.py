@@ -330,7 +330,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict) -> dict[str, 
         config["batch"] |= {"micro_batch": 1, "grad_accum": 2}
         config["run"]["checkpoint_every"], config["log_every"] = 2, 3
     found["teacher"] = config_at(
-        base, "teacher", llama, {"by": "teacher", "fraction": 1.0, "temperature": 0}, 3
+        base,
+        "teacher",
+        llama,
+        {"by": "teacher", "fraction": 1.0, "temperature": 0, "max_new_tokens": 20},
+        3,
     )
     found["teacher"]["student"]["zero_stage"] = 2
     found["teacher"]["stages"][0] |= {"losses": {"hard_labels": {}}, "steps": 2}
@@ -391,7 +395,7 @@ def test_a_teacher_s_answers_are_learned_as_labels(runs: dict) -> None:
     batch = Sampler(17, 4, 1, 0, 1, seed=3).step(0)[0]
     for prompt, _ in prompts_of(config, "train", batch):
         ends = [teacher.generation_config.eos_token_id]
-        answer = by_hand(teacher, prompt, ends, min(64, 32 - len(prompt)))
+        answer = by_hand(teacher, prompt, ends, min(20, 32 - len(prompt)))
         logits = logits_along(student, prompt, answer)
         losses.append(cross_entropy(logits, torch.tensor(answer), reduction="none"))
         lengths.append(len(answer))
