@@ -97,7 +97,7 @@ def prepare(
 
     def tokenised(source: str, part: str, rows: Callable[[], datasets.Dataset]) -> datasets.Dataset:
         key = _key([fingerprint(source), part], task, tokenizer, max_length)
-        return _through_cache(_cache_folder(cache_dir) / key, rows, task, tokenizer, max_length)
+        return _through_cache(cache_folder(cache_dir) / key, rows, task, tokenizer, max_length)
 
     def training(part: str, rows: Callable[[], datasets.Dataset]) -> datasets.Dataset:
         if train_rows is None:
@@ -268,7 +268,7 @@ def describe_tokenizer(tokenizer: Any) -> list[Any]:
     return [type(tokenizer).__name__, model, tokenizer.special_tokens_map, sides]
 
 
-def _cache_folder(cache_dir: str | None) -> Path:
+def cache_folder(cache_dir: str | None) -> Path:
     if cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         cache_dir = os.environ.get("MLKD_CACHE") or f"{home}/mlkd_dist"
