@@ -1,10 +1,13 @@
 """Writes an untrained Llama of 4 layers and its tokenizer, for small_llama.yaml: a pair of decoders
-that is trained from nothing on text that every Python carries.
+that is trained from nothing on text that every Python carries. For small_llama_on_policy.yaml, also
+how each text begins and how it goes on.
 
     python configs/small_llama.py [FOLDER]        default: models/small-llama
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,6 +33,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=found, eos_token=END, model_max_length=256)
 
 
+def write_pairs(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The first 16 words of each text that are no more than 64 tokens, and the 32 after them."""
+    with path.open("w") as file:
+        for passage in passages():
+            words = passage.split()
+            begins, goes_on = " ".join(words[:16]), " ".join(words[16:48])
+            if goes_on and len(tokenizer(begins)["input_ids"]) <= 64:
+                file.write(json.dumps({"prompt": begins, "completion": f" {goes_on}"}) + "\n")
+
+
 def main(folder: str) -> None:
     config = LlamaConfig(
         vocab_size=2048,
@@ -46,7 +59,9 @@ def main(folder: str) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    made = tokenizer()
+    made.save_pretrained(folder)
+    write_pairs(Path(folder) / "pairs.jsonl", made)
 
 
 if __name__ == "__main__":

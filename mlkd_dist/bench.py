@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mlkd_dist import __version__, tasks
 from mlkd_dist.config import Config, StageConfig, UserError
-from mlkd_dist.data import Sampler, batches
+from mlkd_dist.data import Sampler, batches, cache_folder
 from mlkd_dist.engine import Engine, World, barrier, gather_objects, student_engine
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.metrics import Clock, peak_gib
@@ -204,6 +204,7 @@ def bench(config: Config, world: World) -> None:
         config.run.dir = str(folder / "run")
         check_start(config, world)
         run = prepared(config, world, source(config))
+        list_in_cache(run)
         made = on_first(world, user_errors(lambda: starting_student(config, folder)))
         student_path = made or str(folder / "student")
         stages = [
@@ -213,6 +214,14 @@ def bench(config: Config, world: World) -> None:
         found = describe(run) | whole(stages) | {"stages": stages}
         out.write_text(json.dumps(found, indent=2) + "\n")
         print(table(found), f"written to {out}", sep="\n\n", flush=True)
+
+
+def list_in_cache(run: Run) -> None:
+    """The rows that are left out; the folder of the measurement is removed."""
+    if any(run.quarantine.counts.values()):
+        folder = cache_folder(run.config.data.cache)
+        path = on_first(run.world, user_errors(lambda: str(run.quarantine.list_in(folder))))
+        run.quarantine.tell(path)
 
 
 @contextmanager

@@ -204,7 +204,9 @@ class Checkpoints:
         engine.global_steps = manifest["stage_step"]
         set_schedule(engine, manifest["schedule_step"])
         for key, thing in kept.items():
-            thing.load_state_dict(manifest["state"][key])
+            # With run.resume=changed it may be new.
+            if key in manifest["state"]:
+                thing.load_state_dict(manifest["state"][key])
         return manifest["metrics"]
 
 

@@ -47,6 +47,9 @@ class RunConfig:
     """Minutes after its start at which the program saves, stops and exits with 75."""
     max_skipped: int = 10
     """So many steps in a row without a finite loss and gradient stop the run."""
+    compare_maps: bool = False
+    """The report also tells how far the student's attention maps are from its teacher's, summed
+    over layers, where both have as many heads."""
 
 
 @dataclass
@@ -141,6 +144,14 @@ class StudentConfig:
 
 
 @dataclass
+class GenerateConfig:
+    rows: int = 128
+    """How many held-out prompts are answered, the first ones; 0: none."""
+    max_new_tokens: int = 128
+    """Tokens of an answer at most; prompt and answer end at data.max_length, as completions do."""
+
+
+@dataclass
 class TaskConfig:
     kind: str = "embedding"
     """embedding, classification, regression, question_answering, masked_lm or causal_lm."""
@@ -153,6 +164,9 @@ class TaskConfig:
     data.max_length."""
     mask_probability: float | None = None
     """masked_lm: share of the tokens that are hidden (default 0.15)."""
+    generate: GenerateConfig | None = None
+    """causal_lm with prompts or chats: greedy answers to held-out prompts, for ROUGE-L. Default: as
+    GenerateConfig says, with fewer tokens where the models have no more positions."""
 
 
 @dataclass
@@ -185,6 +199,10 @@ class DataConfig:
     pack: bool = False
     """causal_lm: put several texts into one sequence of at most max_length tokens; none attends to
     another."""
+    max_bad: float = 0.0
+    """Bad rows that are left out, of train and of validation each: a share of its rows if under 1,
+    else a number of rows; more of them end the run. 0: the first one does. Those left out are
+    listed in quarantine.jsonl of the run folder."""
     workers: int = 0
     """Processes per rank that collate batches; 0 collates in the training process."""
     cache: str | None = None
@@ -212,6 +230,21 @@ class OpenConfig:
 
 
 @dataclass
+class OnPolicyConfig:
+    fraction: float = 0.5
+    """Share of the steps, drawn by run.seed, that learn from answers to the prompts of their batch
+    instead of its completions."""
+    by: str = "student"
+    """Who answers: student, as it is at that step, or teacher."""
+    temperature: float = 1.0
+    """Of the distribution that tokens are drawn from; 0: the most likely ones."""
+    top_p: float = 1.0
+    """Tokens are drawn from the most likely ones that hold this much of the probability."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most; prompt and answer end at data.max_length, as completions do."""
+
+
+@dataclass
 class StageConfig:
     name: str = "distill"
     """Name in logs."""
@@ -226,6 +259,8 @@ class StageConfig:
     """Layer map of this stage: uniform, last, or pairs [[student, teacher], ...] counted from 0."""
     open: OpenConfig | None = None
     """When the losses of which layers count; default: all of them at every step."""
+    on_policy: OnPolicyConfig | None = None
+    """causal_lm with prompts or chats: learn from generated answers too."""
     lr: float | None = None
     """Peak learning rate of this stage; default optim.lr."""
 

@@ -20,13 +20,21 @@ import tokenizers
 import torch
 import transformers
 
+from mlkd_dist.columns import Columns
 from mlkd_dist.config import UserError
-from mlkd_dist.sources import fingerprint, locate, read
+from mlkd_dist.quarantine import Quarantine, Sieve
+from mlkd_dist.selection import first_rows, good_rows, split
+from mlkd_dist.sources import fingerprint, locate, read, unit
+from mlkd_dist.tasks import BadRow
 
 # Raised when the meaning of a cached row changes.
-FORMAT = 1
+FORMAT = 2
 # Seconds that a loader process may take for one micro-batch.
 LOADER_TIMEOUT = 300
+# Of an entry of the cache: the bad rows that it was made without.
+BAD_ROWS = "bad_rows.json"
+# The good rows of a source, and what became of the others.
+Raw = tuple[datasets.Dataset, Sieve]
 
 
 class Task(Protocol):
@@ -35,37 +43,11 @@ class Task(Protocol):
     columns: list[str]
     """Raw columns wanted: the text, the second text if there is one, the label if there is one."""
 
+    def check(self, row: dict[str, Any]) -> None: ...
+
     def settings(self) -> dict[str, Any]: ...
 
     def encode(self, rows: dict[str, list], tokenizer: Any, max_length: int) -> dict[str, list]: ...
-
-
-def split(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(train, validation): of the distinct rows, the share with the smallest hashes is held out."""
-    if not 0 < fraction < 1:
-        raise UserError(f"data.validation_fraction is {fraction}; it must lie between 0 and 1.")
-    hashes = np.array([*_row_hashes(dataset)], dtype=np.uint64)
-    distinct = np.unique(hashes)
-    if len(distinct) < 2:
-        raise UserError(
-            f"no rows can be held out for validation: the training data has {len(distinct)} "
-            "distinct row(s); give at least 2, or name other data as data.validation."
-        )
-    count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
-    held_out = hashes <= distinct[count - 1]
-    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
-
-
-def first_rows(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
-    """`count` rows, those with the smallest hashes: what they are depends on the data alone, and
-    those of a smaller count are among those of a larger."""
-    if count > len(dataset):
-        raise UserError(
-            f"data.train_rows: {count} is more than the {len(dataset)} rows of the training data; "
-            f"give {len(dataset)} or less, or leave it out for all."
-        )
-    hashes = np.array([*_row_hashes(dataset)], dtype=np.uint64)
-    return dataset.select(np.sort(np.argsort(hashes, kind="stable")[:count]))
 
 
 def prepare(
@@ -77,44 +59,63 @@ def prepare(
     max_length: int,
     cache_dir: str | None,
     train_rows: int | None = None,
+    quarantine: Quarantine | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Tokenised (train, validation), from the cache where it was tokenised before."""
+    """Tokenised (train, validation), from the cache where it was tokenised before. Bad rows go into
+    `quarantine`; without one, the first is an error."""
     if validation is not None and locate(validation) == locate(train):
         raise UserError(
             f"data.validation is the training data ({validation!r}); leave data.validation empty "
             "to hold out data.validation_fraction of the training rows, or name other data."
         )
+    quarantine = Quarantine() if quarantine is None else quarantine
+    folder = cache_folder(cache_dir)
+    sources = {"data.train": train, "data.validation": validation}
 
-    @cache
-    def raw(source: str) -> datasets.Dataset:
-        label, structured = getattr(task, "label", None), getattr(task, "structured_label", False)
-        return read(source, task.columns, label, structured, getattr(task, "keys", None))
+    def raw(key: str) -> Raw:
+        sieve = quarantine.sieve(sources[key], unit(sources[key]))
+        found = read(Columns.of(sources[key], task), sieve)
+        quarantine.add(key, sieve)
+        # Before the rest is tokenised in vain.
+        quarantine.check(folder)
+        return found, sieve
 
     # Raw rows are split, so that every tokenizer and max_length holds out the same ones.
     @cache
-    def parts() -> tuple[datasets.Dataset, datasets.Dataset]:
-        return split(raw(train), validation_fraction)
+    def parts() -> tuple[Raw, Raw]:
+        found, sieve = raw("data.train")
+        ours, held_out = split(found, validation_fraction)
+        return (ours, sieve), (held_out, sieve)
 
-    def tokenised(source: str, part: str, rows: Callable[[], datasets.Dataset]) -> datasets.Dataset:
-        key = _key([fingerprint(source), part], task, tokenizer, max_length)
-        return _through_cache(cache_folder(cache_dir) / key, rows, task, tokenizer, max_length)
-
-    def training(part: str, rows: Callable[[], datasets.Dataset]) -> datasets.Dataset:
-        if train_rows is None:
-            return tokenised(train, part, rows)
-        return tokenised(
-            train, f"{train_rows} rows, {part}", lambda: first_rows(rows(), train_rows)
-        )
+    def tokenised(
+        key: str, part: str, rows: Callable[[], Raw], count: int | None = None
+    ) -> datasets.Dataset:
+        if count is not None:
+            part = f"{count} rows, {part}"
+        entry = folder / _key([fingerprint(sources[key]), part], task, tokenizer, max_length)
+        sieve = quarantine.sieve(sources[key], unit(sources[key]))
+        found = _load(entry, sieve)
+        if found is None:
+            encode = Encoding(task, tokenizer, max_length, count)
+            found = _through_cache(entry, rows, encode, sieve)
+        quarantine.add(key, sieve)
+        if found is None:
+            quarantine.check(folder, empty=key)
+        return found
 
     if validation is not None:
-        return (
-            training("all", lambda: raw(train)),
-            tokenised(validation, "all", lambda: raw(validation)),
+        found = (
+            tokenised("data.train", "all", lambda: raw("data.train"), train_rows),
+            tokenised("data.validation", "all", lambda: raw("data.validation")),
         )
-    return (
-        training(f"without {validation_fraction}", lambda: parts()[0]),
-        tokenised(train, f"held out {validation_fraction}", lambda: parts()[1]),
-    )
+    else:
+        ours, theirs = f"without {validation_fraction}", f"held out {validation_fraction}"
+        found = (
+            tokenised("data.train", ours, lambda: parts()[0], train_rows),
+            tokenised("data.train", theirs, lambda: parts()[1]),
+        )
+    quarantine.check(folder)
+    return found
 
 
 class Sampler:
@@ -237,13 +238,6 @@ class _Collate:
         return self.collate([row for row, _ in slots], [keep for _, keep in slots])
 
 
-def _row_hashes(dataset: datasets.Dataset) -> Iterator[int]:
-    for batch in dataset.iter(1000):
-        for row in zip(*batch.values(), strict=True):
-            text = json.dumps(row, default=str)
-            yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
 def _key(content: list[str], task: Task, tokenizer: Any, max_length: int) -> str:
     """Names all that the tokenised rows depend on."""
     described = {
@@ -275,12 +269,45 @@ def cache_folder(cache_dir: str | None) -> Path:
     return Path(cache_dir).expanduser()
 
 
+@dataclass
+class Encoding:
+    """From raw rows to tokens: of all good rows, or of the `count` with the smallest hashes."""
+
+    task: Task
+    tokenizer: Any
+    max_length: int
+    count: int | None
+
+    def rows(self, batch: dict[str, list]) -> dict[str, list]:
+        return self.task.encode(batch, self.tokenizer, self.max_length)
+
+    def __call__(
+        self, raw: datasets.Dataset, sieve: Sieve, path: Path, name: str
+    ) -> datasets.Dataset:
+        """What a bad row stands among does not matter: the result is that of the good ones."""
+
+        def encoded(rows: datasets.Dataset) -> datasets.Dataset:
+            return rows.map(
+                self.rows,
+                batched=True,
+                remove_columns=rows.column_names,
+                cache_file_name=str(path),
+                # Else datasets pickles task and tokenizer to name a cache file that nobody reads.
+                new_fingerprint=name,
+            )
+
+        try:
+            return encoded(raw if self.count is None else first_rows(raw, self.count))
+        except BadRow:
+            return encoded(good_rows(raw, self.count, self.rows, sieve))
+
+
 def _through_cache(
-    entry: Path, rows: Callable[[], datasets.Dataset], task: Task, tokenizer: Any, max_length: int
-) -> datasets.Dataset:
-    if (found := _load(entry)) is not None:
-        return found
-    raw = rows()
+    entry: Path, rows: Callable[[], Raw], encode: Encoding, sieve: Sieve
+) -> datasets.Dataset | None:
+    """None where no row is good."""
+    raw, found = rows()
+    sieve.rows, sieve.bad = found.rows, dict(found.bad)
     work = entry.parent / f".{entry.name[:16]}-{uuid.uuid4().hex}"
     try:
         work.mkdir(parents=True)
@@ -290,38 +317,32 @@ def _through_cache(
             "set data.cache or $MLKD_CACHE to a folder that can be written."
         ) from error
     try:
-        encoded = raw.map(
-            lambda batch: task.encode(batch, tokenizer, max_length),
-            batched=True,
-            remove_columns=raw.column_names,
-            cache_file_name=str(work / "encoded.arrow"),
-            # Else datasets pickles task and tokenizer to name a cache file that nobody reads.
-            new_fingerprint=entry.name[:32],
-        )
+        encoded = encode(raw, sieve, work / "encoded.arrow", entry.name[:32])
         if not len(encoded):
-            raise UserError(
-                f"no text of the data has anything to learn (columns: {', '.join(task.columns)}); "
-                f"give longer texts, or more of them."
-            )
+            return None
         encoded.save_to_disk(work / "entry")
-        _install(work / "entry", entry)
+        sieve.save(work / "entry" / BAD_ROWS)
+        _install(work / "entry", entry, sieve)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return datasets.load_from_disk(entry)
 
 
-def _install(made: Path, entry: Path) -> None:
+def _install(made: Path, entry: Path, sieve: Sieve) -> None:
     """Renamed in one go: who looks sees no entry or a whole one, whichever writer was first."""
     try:
         made.rename(entry)
     except OSError:
-        if _load(entry) is None:
+        if _load(entry, sieve) is None:
             shutil.rmtree(entry, ignore_errors=True)
             made.rename(entry)
 
 
-def _load(entry: Path) -> datasets.Dataset | None:
+def _load(entry: Path, sieve: Sieve) -> datasets.Dataset | None:
+    """An entry that is whole; its bad rows go into `sieve`."""
     try:
-        return datasets.load_from_disk(entry)
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        found = datasets.load_from_disk(entry)
+        sieve.load(entry / BAD_ROWS)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None

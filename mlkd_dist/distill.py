@@ -22,7 +22,7 @@ from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.model import quiet
 from mlkd_dist.preflight import check_start, prepared
 from mlkd_dist.resume import open_run
-from mlkd_dist.run import FINISHED, Run, alone, headless_student, on_first, source
+from mlkd_dist.run import FINISHED, Run, alone, headless_student, list_bad_rows, on_first, source
 from mlkd_dist.signals import REQUEUE, SIGNALLED, leave, say, tell
 from mlkd_dist.stage import run_stage, stopped
 from mlkd_dist.versions import check_versions, refuse_different, versions
@@ -114,6 +114,7 @@ def whole_run(config: Config, world: World, found: str, compare: bool) -> None:
     run = prepared(config, world, source(config))
     with alone(run.folder, world):
         student_path, checkpoints, at = open_run(run, found)
+        list_bad_rows(run)
         evaluator = Evaluator(run)
 
         # A student that is still to get its head says nothing yet.
@@ -155,7 +156,9 @@ def evaluate(config: Config, world: World) -> None:
     export = Path(config.run.dir) / "export"
     if not export.is_dir():
         raise UserError(f"run.dir: {config.run.dir!r} has no export; run `mlkd distill` first.")
-    report(Evaluator(prepared(config, world, str(export))))
+    run = prepared(config, world, str(export))
+    list_bad_rows(run)
+    report(Evaluator(run))
 
 
 COMMANDS = {

@@ -27,7 +27,7 @@ def finetune_config(config: Config) -> Config:
         )
     settings = config.teacher.finetune or FinetuneConfig(epochs=1)
     own = copy.deepcopy(config)
-    own.run.dir, own.data.train_rows = folder(config), None
+    own.run.dir, own.run.compare_maps, own.data.train_rows = folder(config), False, None
     own.student = StudentConfig(path=config.teacher.path, attention=config.teacher.attention)
     own.student.zero_stage, own.student.dtype = config.student.zero_stage, config.student.dtype
     own.teacher = TeacherConfig(path=None, zero_stage=config.teacher.zero_stage)
@@ -63,6 +63,11 @@ def finished(own: Config) -> bool:
         return False
     ours = asdict(own)
     theirs = asdict(configs.load(made / "config.yaml"))
+    # How many bad rows may be left out says nothing of those that were used.
+    theirs["data"]["max_bad"] = ours["data"]["max_bad"]
+    for settings in (ours, theirs):
+        # It is asked of what is finished.
+        settings["task"].pop("generate")
     # How it is launched and logged does not change the result.
     different = [
         key

@@ -1,4 +1,4 @@
-"""Bytes per process and on the wire, by formula. Numbers only: no torch, no models.
+"""Bytes per process and on the wire, and arithmetic, by formula. Numbers only: no torch, no models.
 
 N processes, P parameters (a model's, shared ones once), w bytes per number of its type, B samples
 of L tokens per micro-batch, A micro-batches per step. What DeepSpeed holds was measured with 0.19.8
@@ -31,6 +31,7 @@ class Size:
     inner: int  # width of the feed-forward block
     gated: bool
     outputs: int  # logits per token; 0 where the head says one vector per sample
+    multiplied: int = 0  # parameters that every token is multiplied with: all but looked up ones
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,21 @@ def logits(size: Size, samples: int, length: int, width: int, compared: bool) ->
     most = max(HEAD_BYTES // ((8 + width) * outputs), 1)
     chunk = min(max(1 << (most.bit_length() - 1), MIN_TOKENS), tokens)
     return chunk * outputs * (8 + width) + 4 * (tokens + outputs) * size.hidden
+
+
+def forward_flops(size: Size, tokens: int, length: int) -> float:
+    """2 for each multiplied parameter and token, and 4 L A in each layer for the maps of attention
+    (A = heads times head width), causal or not. Losses are not counted."""
+    return tokens * (2 * size.multiplied + 4 * length * size.attention * size.layers)
+
+
+def step_flops(
+    teacher: Size | None, student: Size, tokens: int, length: int, checkpointing: bool
+) -> float:
+    """Of one process in a step of so many tokens: a forward pass of the teacher, and of the student
+    forward and backward (twice forward), with checkpointing forward once more."""
+    theirs = forward_flops(teacher, tokens, length) if teacher is not None else 0
+    return theirs + (4 if checkpointing else 3) * forward_flops(student, tokens, length)
 
 
 @dataclass(frozen=True)

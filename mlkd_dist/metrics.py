@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,8 @@ class Metrics:
         self.since, self.pending = time.perf_counter(), 0
         # What counts now: terms, and layers as Objective.open_layers tells them.
         self.open_terms, self.open_layers = terms, {}
+        # What else is to be logged of so many steps.
+        self.more: Callable[[int], dict[str, float]] = lambda steps: {}
         self.terminal = sys.stderr.isatty()
         if world.first:
             self.file = (folder / "metrics.jsonl").open("a")
@@ -125,7 +127,7 @@ class Metrics:
         values = (all_reduce(self.sums) / self.pending).cpu()
         seconds = time.perf_counter() - self.since
         teacher = self.teacher_clock.seconds()
-        norm = engine.get_global_grad_norm()
+        norm, more = engine.get_global_grad_norm(), self.more(self.pending)
         if self.world.first:
             row = {"loss/total": float((values * self.weights).sum())}
             row |= {
@@ -133,7 +135,7 @@ class Metrics:
                 for name, value in zip(self.terms, values, strict=True)
                 if name in self.open_terms
             }
-            row |= self.open_layers
+            row |= self.open_layers | more
             row |= {
                 "lr": lr,
                 "grad_norm": None if norm is None else float(norm),

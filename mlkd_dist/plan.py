@@ -44,6 +44,8 @@ class Cluster:
     """GiB that are not for tensors: CUDA, NCCL, gaps."""
     bandwidth: float | None = None
     """GB/s that one GPU sends; with it, traffic is told in seconds too."""
+    tflops: float | None = None
+    """TFLOP/s that one GPU reaches in practice; with it, arithmetic is told in seconds too."""
     out: str | None = None
     """A file for the recommended config."""
     json: str | None = None
@@ -93,6 +95,7 @@ class Plan:
     buffers: float
     host: float
     wire: Wire
+    flops: float  # of a step
 
     @property
     def total(self) -> float:
@@ -149,9 +152,10 @@ def cluster_of(words: list[str]) -> tuple[Cluster, list[str]]:
             setattr(cluster, key, number(value))
         except ValueError as error:
             raise UserError(f"argument {word!r}: {key} is a number.") from error
-    for key in ("nodes", "gpus_per_node", "gpu_memory"):
-        if not getattr(cluster, key) > 0:
-            raise UserError(f"{key}: {getattr(cluster, key)} is not allowed; give more than 0.")
+    for key in ("nodes", "gpus_per_node", "gpu_memory", "bandwidth", "tflops"):
+        given = getattr(cluster, key)
+        if given is not None and not given > 0:
+            raise UserError(f"{key}: {given} is not allowed; give more than 0.")
     for key in ("out", "json"):
         place = getattr(cluster, key)
         if place is not None and not Path(place).parent.is_dir():
@@ -283,7 +287,15 @@ def size_of(config: Config, found: PreTrainedConfig, model: nn.Module) -> Size:
         inner=inner,
         gated="gate" in roles,
         outputs=found.vocab_size if head is not None else 0,
+        multiplied=count(model) - looked_up(model),
     )
+
+
+def looked_up(model: nn.Module) -> int:
+    """Parameters of tables that are no output head too."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return sum(table.numel() for table in tables if table is not head)
 
 
 def trace_of(found: PreTrainedConfig, model: nn.Module, needs: list[Needs]) -> tuple[int, int]:
@@ -378,6 +390,7 @@ def estimate(
         live + max(0.0, first - backward - logits - live),
         theirs.host + ours.host,
         wire,
+        footprint.step_flops(models.teacher, student, accum * tokens, length, choice.checkpointing),
     )
 
 
@@ -465,6 +478,9 @@ def told(plan: Plan, largest: int, cluster: Cluster) -> dict[str, Any]:
     found["wire_gib"] = {key: size / GIB for key, size in found["wire_gib"].items()}
     if cluster.bandwidth:
         found["wire_s"] = plan.wire.total / (cluster.bandwidth * 1e9)
+    found["tflop"] = plan.flops / 1e12
+    if cluster.tflops:
+        found["compute_s"] = found["tflop"] / cluster.tflops
     return found
 
 
@@ -498,5 +514,7 @@ def table(found: dict[str, Any], config: Config, cluster: Cluster) -> str:
     words += [f"batch.micro_batch={best['micro_batch']}"]
     words += [f"batch.grad_accum={config.batch.grad_accum * parts}"]
     seconds = f", {best['wire_s']:.2f} s on the wire" if "wire_s" in best else ""
+    if "compute_s" in best:
+        seconds += f", {best['compute_s']:.2f} s of arithmetic"
     lines.append(f"Recommended ({best['total_gib']:.1f} GiB{seconds}): {' '.join(words)}")
     return "\n".join(lines)

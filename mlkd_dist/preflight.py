@@ -1,11 +1,11 @@
 """All that is checked before any weights load and before anything is written."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
@@ -18,12 +18,13 @@ from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.prompts import check_answers_fit
+from mlkd_dist.quarantine import Quarantine
 from mlkd_dist.roles import FAMILIES
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
-from mlkd_dist.sources import read as read_source
 from mlkd_dist.student import cut_config
 from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_kernels import choose
@@ -67,12 +68,11 @@ def check_attention(config: Config) -> None:
 def prepared(config: Config, world: World, student_path: str) -> Run:
     """Task, tokenizer and tokenised data. The first process reads and checks; the others then find
     its cache. Writes nothing but that cache."""
-    task = tasks.load(config.task.kind)(config.task, config.data)
-    trust = config.trust_remote_code
 
-    def read() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
-        tokenizer = read_tokenizer(student_path, trust)
-        data = config.data
+    def read() -> Run:
+        tokenizer = read_tokenizer(student_path, config.trust_remote_code)
+        task, data = read_task(config), config.data
+        quarantine = Quarantine(data.max_bad)
         train, held_out = prepare(
             data.train,
             data.validation,
@@ -82,26 +82,34 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
             data.max_length,
             data.cache,
             data.train_rows,
+            quarantine,
         )
-        return tokenizer, train, held_out
+        return Run(config, world, task, tokenizer, train, held_out, quarantine)
 
     def read_and_check() -> None:
         shapes = check_shapes_of_models(config, student_path)
-        check_low_rank(config, task)
-        tokenizer, train, held_out = read()
-        check_openings(config, world, len(train), *shapes)
-        run = Run(config, world, task, tokenizer, train, held_out)
+        check_low_rank(config, tasks.load(config.task.kind))
+        run = read()
+        check_openings(config, world, len(run.train), *shapes)
         check_head(run)
         if config.task.kind == "classification":
             check_classes(run, student_path)
-        if task.vocabulary:
-            check_entries(run, student_path)
+        check_entries(run, student_path)
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
 
     on_first(world, user_errors(read_and_check))
-    return Run(config, world, task, *read())
+    return read()
+
+
+def read_task(config: Config) -> Any:
+    """The task, which knows how many classes labels may be of where a model says it."""
+    settings = config.task
+    if settings.kind == "classification" and config.teacher.path is not None:
+        teacher = read_config(config.teacher.path, config.trust_remote_code)
+        settings = replace(settings, labels=teacher.num_labels)
+    return tasks.load(settings.kind)(settings, config.data)
 
 
 def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | None, Shape | None]:
@@ -120,6 +128,8 @@ def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | N
                 f"data.max_length: {config.data.max_length} is more than the {limit} tokens "
                 f"{path!r} takes; use {limit} or less."
             )
+        if limit is not None:
+            check_answers_fit(config, path, limit)
         check_maps(config, path, found)
     teacher = shapes.get("teacher.path")
     return teacher, check_shapes(config, teacher, shapes["student.path"])
@@ -129,13 +139,15 @@ def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
     """That a loss on attention maps would see the model's own: those that softmax makes of all
     scores of the tokens before, or of all tokens."""
     losses = [name for stage in config.stages for name in stage.losses]
-    name = next((name for name in losses if loss_schema(name).same_heads), None)
-    if name is None:
+    readers = [f"losses.{name}" for name in losses if loss_schema(name).same_heads]
+    readers += ["run.compare_maps"] * config.run.compare_maps
+    if not readers:
         return
+    name = readers[0]
     if getattr(found, "attn_logit_softcapping", None):
         raise UserError(
-            f"losses.{name}: model {path!r} caps its attention scores, so its attention maps are "
-            f"not made of queries and keys alone; use attention_relation."
+            f"{name}: model {path!r} caps its attention scores, so its attention maps are not made "
+            f"of queries and keys alone; leave it out, or use attention_relation."
         )
     # What `local_attention` counts lies half before a token and half behind it.
     both_ways = getattr(found, "local_attention", None) or 0
@@ -193,7 +205,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_kind(config, run.task, path, found)
+        check_positions(run, path, check_kind(config, run.task, path, found))
         loaded[path] = load_model(
             run.task.model_class,
             path,
@@ -258,6 +270,28 @@ def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) ->
     return model
 
 
+def check_positions(run: Run, path: str, model: PreTrainedModel) -> None:
+    """That a model which counts positions from its padding token's number on, as RoBERTa does, has
+    the tokenizer's padding token, and a place for the last token."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    table = next((m for m in tables if getattr(m, "padding_idx", None) is not None), None)
+    if table is None:
+        return
+    pad, length = run.tokenizer.pad_token_id, run.config.data.max_length
+    if table.padding_idx != pad:
+        raise UserError(
+            f"model {path!r} counts positions from its padding token {table.padding_idx} on, and "
+            f"the tokenizer pads with {pad}; use a model made for this tokenizer: pad_token_id in "
+            f"its config.json must be {pad}."
+        )
+    limit = table.num_embeddings - pad - 1
+    if length > limit:
+        raise UserError(
+            f"data.max_length: {length} is more than the {limit} tokens {path!r} takes, which "
+            f"counts positions from {pad + 1} on; use {limit} or less."
+        )
+
+
 def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:
     """That a model of causal_lm looks back only: an encoder would read the tokens it is to say."""
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
@@ -315,7 +349,7 @@ def check_one_output(run: Run, student_path: str) -> None:
 
 
 def check_classes(run: Run, student_path: str) -> None:
-    """That models and labels speak of the same classes."""
+    """That the models speak of the same classes."""
     config = run.config
     student = read_config(student_path, config.trust_remote_code)
     teacher = (
@@ -333,21 +367,9 @@ def check_classes(run: Run, student_path: str) -> None:
             f"task.labels: {config.task.labels} is not allowed; teacher {config.teacher.path!r} "
             f"has {teacher.num_labels} classes; remove it."
         )
-    classes = class_count(run) or teacher.num_labels
-    try:
-        for rows in (run.train, run.held_out):
-            run.task.check_labels(rows.unique("labels"), classes)
-    except ValueError:
-        refuse_labels(run, classes)
-
-
-def refuse_labels(run: Run, classes: int) -> None:
-    """UserError that names the row in its source, of which the run's rows may be a part."""
-    data, task = run.config.data, run.task
-    for key, place in (("data.train", data.train), ("data.validation", data.validation)):
-        if place is None:
-            continue
-        try:
-            task.check_labels(read_source(place, task.columns, task.label)[task.label], classes)
-        except ValueError as error:
-            raise UserError(f"{key}: {error}") from error
+    classes = run.held_out.unique("labels")
+    if teacher is None and max(classes) >= ours:
+        raise UserError(
+            f"label {max(classes)} of the validation rows is in no training row, and the model has "
+            f"{ours} classes (0 to {ours - 1}); set task.labels to the number of classes."
+        )

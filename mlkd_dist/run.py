@@ -18,6 +18,7 @@ from mlkd_dist import config as configs
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.engine import World, broadcast_object
 from mlkd_dist.model import lacks_head, read_config
+from mlkd_dist.quarantine import Quarantine
 from mlkd_dist.settings import differences, mathematics, paths, read_back
 from mlkd_dist.student import make_student
 
@@ -28,6 +29,8 @@ RUN_FILES = (
     "lock",
     "metrics.jsonl",
     "metrics.jsonl.partial",
+    "quarantine.jsonl",
+    "quarantine.jsonl.partial",
     "report.json",
     "report.json.partial",
     "tb",
@@ -53,6 +56,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     held_out: Dataset
+    quarantine: Quarantine
 
     @property
     def folder(self) -> Path:
@@ -224,6 +228,20 @@ def starting_student(config: Config, folder: Path) -> str | None:
     task = tasks.load(config.task.kind)
     make_student(task.model_class, config.teacher.path, student, folder / "student", trust)
     return None
+
+
+def list_bad_rows(run: Run) -> None:
+    """Say how many rows of the data were left out, and list them in the run folder."""
+    path = run.folder / "quarantine.jsonl"
+
+    def write() -> None:
+        if any(run.quarantine.counts.values()):
+            commit.write_whole(path, run.quarantine.listed())
+        else:
+            path.unlink(missing_ok=True)
+
+    on_first(run.world, user_errors(write))
+    run.quarantine.tell(path)
 
 
 def user_errors(work: Callable[[], Any]) -> Callable[[], Any]:

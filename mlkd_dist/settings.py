@@ -19,6 +19,8 @@ FREE = (
     "kernels",
     "trust_remote_code",
     "batch",
+    "data.max_bad",
+    "task.generate",
     "data.workers",
     "data.cache",
     "teacher.zero_stage",

@@ -1,21 +1,24 @@
 """What a person names as data: a file, a hub name or the built-in text; read strictly."""
 
 import hashlib
+import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlkd_dist import builtin_text
-from mlkd_dist.config import UserError, nearest, resolve_path
+from mlkd_dist.columns import LINE, Columns
+from mlkd_dist.config import UserError, resolve_path
+from mlkd_dist.quarantine import SHOWN, Sieve
+from mlkd_dist.tasks import BadRow
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity_error()
@@ -27,8 +30,8 @@ OTHER_ENDINGS = ".csv .tsv .arrow .feather .gz .zst .xz .bz2 .zip .tar .pkl .xml
 HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?"
 )
-SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 10_000
+LONGEST_LINE = 2**27
 
 
 @dataclass(frozen=True)
@@ -36,44 +39,6 @@ class HubName:
     name: str
     config: str | None
     split: str
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The wanted columns of one source, and the sentences about what is wrong with them."""
-
-    source: str
-    names: list[str]
-    label: str | None
-    structured_label: bool = False
-    keys: dict[str, str] = field(default_factory=dict)  # column -> what sets it, where a task says
-
-    def key(self, name: str) -> str:
-        if name in self.keys:
-            return self.keys[name]
-        if name == self.label:
-            return "data.label"
-        first = next(text for text in self.names if text != self.label)
-        return "data.text" if name == first else "data.text_pair"
-
-    def chats(self, name: str) -> bool:
-        """Whether a column holds lists of messages, which are passed on as JSON."""
-        return self.keys.get(name) == "data.messages"
-
-    def missing(self, name: str, given: Iterable[str], place: str = "") -> UserError:
-        given = list(given)
-        return UserError(
-            f"{self.source!r}{place}: there is no column {name!r}{nearest(name, given)}; there is: "
-            f"{', '.join(given) or 'nothing'}. Set {self.key(name)} to the column's name."
-        )
-
-    def wrong(self, name: str, place: str, held: str) -> UserError:
-        wanted = "a label" if name == self.label else "text"
-        wanted = "a list of messages" if self.chats(name) else wanted
-        return UserError(
-            f"{self.source!r}, {place}: column {name!r} holds {held}, not {wanted}; "
-            f"correct the data or set {self.key(name)} to another column."
-        )
 
 
 def locate(source: str) -> Path | HubName | str:
@@ -97,28 +62,28 @@ def locate(source: str) -> Path | HubName | str:
     return HubName(hub["name"], hub["config"], hub["split"] or "train")
 
 
-def read(
-    source: str,
-    columns: list[str],
-    label: str | None = None,
-    structured_label: bool = False,
-    keys: dict[str, str] | None = None,
-) -> datasets.Dataset:
-    """The wanted columns of a source: no nulls, and text everywhere but in `label`, which holds
-    text or numbers, or keys and values."""
+def unit(source: str) -> str:
+    """How its rows are counted."""
     place = locate(source)
-    wanted = Columns(source, list(columns), label, structured_label, keys or {})
-    if isinstance(place, Path) and place.suffix in (".jsonl", ".json"):
-        return datasets.Dataset(_jsonl(place, wanted))
+    return "line" if isinstance(place, Path) and place.suffix != ".parquet" else "row"
+
+
+def read(wanted: Columns, sieve: Sieve) -> datasets.Dataset:
+    """The good rows of a source: the wanted columns, text everywhere but in the label, and LINE.
+    The others go into `sieve`."""
+    source, place = wanted.source, locate(wanted.source)
     if isinstance(place, HubName):
-        found = _hub(place, source)
-    elif place == BUILTIN:
-        found = datasets.Dataset(pa.table({"text": builtin_text.passages()}))
-    elif place.suffix == ".txt":
-        found = datasets.Dataset(_txt(place, source))
-    else:
-        found = datasets.Dataset(_parquet(place, source))
-    return _checked(found, wanted)
+        return _checked(_hub(place, source), wanted, sieve)
+    if place == BUILTIN:
+        text = datasets.Dataset(pa.table({"text": builtin_text.passages()}))
+        return _checked(text, wanted, sieve)
+    if place.suffix == ".parquet":
+        return _checked(datasets.Dataset(_parquet(place, source)), wanted, sieve)
+    if place.suffix == ".txt":
+        for name in wanted.names:
+            if name != "text":
+                raise wanted.whole(wanted.missing(name, ["text"]))
+    return datasets.Dataset(_table(place, wanted, sieve))
 
 
 def fingerprint(source: str) -> str:
@@ -138,105 +103,84 @@ def _either(words: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-def _jsonl(path: Path, wanted: Columns) -> pa.Table:
-    tables, rows = [], {name: [] for name in wanted.names}
+def _table(path: Path, wanted: Columns, sieve: Sieve) -> pa.Table:
+    tables, rows = [], {name: [] for name in (*wanted.names, LINE)}
 
     def flush() -> None:
         tables.append(pa.table(rows))
         for values in rows.values():
             values.clear()
 
-    kind = None
-    for number, line in _lines(path, wanted.source):
-        row = _parse(line, number, wanted.source)
-        for name in wanted.names:
-            rows[name].append(_value(row, name, wanted, f"line {number}"))
-        if wanted.label is not None:
-            kind = _same_kind(kind, row[wanted.label], wanted, f"line {number}")
-        if len(rows[wanted.names[0]]) == ROWS_AT_ONCE:
+    for number, line in _lines(path, sieve):
+        try:
+            row = {"text": line} if path.suffix == ".txt" else _parse(line)
+            for name, value in wanted.values(row).items():
+                rows[name].append(value)
+        except BadRow as error:
+            sieve.refuse(number, error, line)
+            continue
+        rows[LINE].append(number)
+        if len(rows[LINE]) == ROWS_AT_ONCE:
             flush()
     flush()
-    table = pa.concat_tables(tables, promote_options="permissive")
-    if not len(table):
-        raise UserError(f"{wanted.source!r} is empty; it must hold one JSON object per line.")
-    return table
+    if not sieve.rows:
+        what = "one text" if path.suffix == ".txt" else "one JSON object"
+        raise UserError(f"{wanted.source!r} is empty; it must hold {what} per line.")
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, sieve: Sieve) -> Iterator[tuple[int, str]]:
     """Non-blank lines, numbered. Only a newline ends one: text may hold U+2028 and such."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number in itertools.count(1):
+            raw = file.readline(LONGEST_LINE)
+            if not raw:
+                return
+            whole = raw.endswith(b"\n") or len(raw) < LONGEST_LINE
+            # A file that has lost its line ends need not fit into memory.
+            while not whole and (rest := file.readline(LONGEST_LINE)):
+                whole = rest.endswith(b"\n")
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{source!r}, line {number} is not UTF-8 text ({error.reason})."
-                ) from error
-            if line.strip():
-                yield number, line.strip()
+                line = _decoded(raw, number)
+            except BadRow as error:
+                sieve.rows += 1
+                sieve.refuse(number, error, raw[: 4 * SHOWN].decode(errors="backslashreplace"))
+                continue
+            if line:
+                sieve.rows += 1
+                yield number, line
 
 
-def _parse(line: str, number: int, source: str) -> dict[str, Any]:
+def _decoded(raw: bytes, number: int) -> str:
+    if len(raw) >= LONGEST_LINE:
+        raise BadRow(f"it has {LONGEST_LINE} bytes or more", "end each row with a newline")
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadRow(f"it is not UTF-8 text ({error.reason})", "write the file as UTF-8") from error
+
+
+def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         # The decoder counts lines too, always from 1: only its column says something here.
         found = isinstance(error, json.JSONDecodeError)
-        reason = f"{error.msg} at character {error.colno}" if found else str(error)
-        raise UserError(
-            f"{source!r}, line {number} is not JSON ({reason}): {line[:60]!r}; "
-            "write one JSON object per line."
+        reason = (
+            f"{error.msg.removesuffix(' at')} at character {error.colno}" if found else str(error)
+        )
+        raise BadRow(
+            f"it is not JSON ({reason}): {line[:60]!r}", "write one JSON object per line"
         ) from error
     if not isinstance(row, dict):
-        raise UserError(
-            f"{source!r}, line {number} is JSON but not an object: {line[:60]!r}; "
-            "write one JSON object per line."
+        raise BadRow(
+            f"it is JSON but not an object: {line[:60]!r}", "write one JSON object per line"
         )
     return row
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _value(row: dict[str, Any], name: str, wanted: Columns, place: str) -> Any:
-    if name not in row:
-        raise wanted.missing(name, row, f", {place}")
-    value = row[name]
-    if wanted.chats(name) and isinstance(value, list):
-        value = json.dumps(value)
-    kinds = dict if wanted.structured_label else str | int | float
-    if not isinstance(value, str if name != wanted.label else kinds):
-        raise wanted.wrong(name, place, json.dumps(value)[:60])
-    if problem := _number_problem(value):
-        raise wanted.wrong(name, place, f"{json.dumps(value)[:60]}, {problem}")
-    if isinstance(value, str) and SURROGATE.search(value):
-        raise wanted.wrong(name, place, "half a surrogate pair")
-    return value
-
-
-def _number_problem(value: Any) -> str | None:
-    """JSON's truth values are numbers to Python, and its numbers have no end."""
-    if isinstance(value, bool):
-        return "a truth value"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "a number that 64 bits do not hold"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number without end"
-    return None
-
-
-def _same_kind(kind: type | None, label: Any, wanted: Columns, place: str) -> type:
-    found = str if isinstance(label, str) else float
-    if kind not in (None, found):
-        earlier = "text" if kind is str else "numbers"
-        raise wanted.wrong(wanted.label, place, f"{label!r} where earlier lines hold {earlier}")
-    return found
-
-
-def _txt(path: Path, source: str) -> pa.Table:
-    texts = pa.array((line for _, line in _lines(path, source)), type=pa.large_string())
-    return pa.table({"text": texts})
 
 
 def _parquet(path: Path, source: str) -> pa.Table:
@@ -264,24 +208,60 @@ def _one_line(error: Exception) -> str:
     )
 
 
-def _checked(found: datasets.Dataset, wanted: Columns) -> datasets.Dataset:
+def _checked(found: datasets.Dataset, wanted: Columns, sieve: Sieve) -> datasets.Dataset:
     if not len(found):
         raise UserError(f"{wanted.source!r} is empty.")
     for name in wanted.names:
         if name not in found.column_names:
-            raise wanted.missing(name, found.column_names)
+            raise wanted.whole(wanted.missing(name, found.column_names))
     found = found.select_columns(wanted.names)
     for name in wanted.names:
         if wanted.chats(name):
             found = _chats_as_text(found, name)
         column = found.data.column(name)
-        text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        if column.null_count:
-            row = pc.index(pc.is_null(column), True).as_py() + 1
-            raise wanted.wrong(name, f"row {row}", "null")
-        if name != wanted.label and not text:
-            raise wanted.wrong(name, "row 1", f"{column.type} ({str(column[0].as_py())[:60]})")
-    return found
+        if name != wanted.label and not _holds_text(column) and column.null_count < len(column):
+            held = f"{column.type} ({str(column[0].as_py())[:60]})"
+            raise wanted.whole(wanted.wrong(name, held))
+    sieve.rows = len(found)
+    numbered = found.add_column(LINE, np.arange(1, len(found) + 1))
+    good = np.fromiter(_good(numbered, wanted, sieve), dtype=np.int64)
+    return numbered if len(good) == len(found) else numbered.select(good)
+
+
+def _holds_text(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+
+
+def _good(found: datasets.Dataset, wanted: Columns, sieve: Sieve) -> Iterator[int]:
+    """Which rows are good."""
+    broken = {i for name in wanted.names for i in _not_utf8(found.data.column(name))}
+    for i in sorted(broken):
+        sieve.refuse(i + 1, BadRow("it is not UTF-8 text", "write the file as UTF-8"), "")
+    sound = found.select([i for i in range(len(found)) if i not in broken]) if broken else found
+    for batch in sound.iter(ROWS_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            number = row.pop(LINE)
+            try:
+                wanted.values(row)
+            except BadRow as error:
+                sieve.refuse(number, error, json.dumps(row, default=str))
+            else:
+                yield number - 1
+
+
+def _not_utf8(column: pa.ChunkedArray) -> Iterator[int]:
+    """Rows whose bytes are no text, which parquet files may hold all the same."""
+    if not _holds_text(column):
+        return
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        for i, value in enumerate(column.cast(pa.large_binary())):
+            try:
+                (value.as_py() or b"").decode()
+            except UnicodeDecodeError:
+                yield i
 
 
 def _chats_as_text(found: datasets.Dataset, name: str) -> datasets.Dataset:

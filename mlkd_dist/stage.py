@@ -30,13 +30,14 @@ from mlkd_dist.engine import (
 from mlkd_dist.metrics import Metrics
 from mlkd_dist.model import read_config
 from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.on_policy import Policy, speaks, stage_policy
 from mlkd_dist.run import Run, class_count
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
-from mlkd_dist.trace import Trace
+from mlkd_dist.trace import Needs, Trace
 from mlkd_dist.waiting import PATIENCE, wait_at_most
 from mlkd_dist.watch import Diverged, Stopped, Watch
 from mlkd_kernels import choose
@@ -59,6 +60,7 @@ class Opened:
     metrics: Metrics
     kept: dict[str, Stateful]
     """What else a checkpoint of this stage carries."""
+    policy: Policy | None
 
 
 def run_stage(
@@ -95,22 +97,24 @@ def open_stage(
     sampler = stage_sampler(run, at)
     steps = total_steps(stage, sampler.steps_per_epoch)
     objective = stage_objective(run, stage, student_path)
-    teacher = stage_teacher(run, objective)
+    teacher = stage_teacher(run, objective, speaks(stage) == "teacher")
     # From here on; the teacher is as deep as all its layers need.
     objective.opening = opening(f"stages[{at.stage}]", stage, objective.layers, steps)
     student = Student(trainable(run, student_path), objective)
     if begun:
         load_projections(student.projections, begun / PROJECTIONS)
+    student.to(world.device)
+    policy = stage_policy(run, stage, student.model, teacher)
     lr = config.optim.lr if stage.lr is None else stage.lr
-    engine = student_engine(
-        student.to(world.device), config, learning_rate(config.optim, steps), lr
-    )
+    engine = student_engine(student, config, learning_rate(config.optim, steps), lr)
     engine.train()
     metrics = stage_metrics(run, stage, at, objective, steps)
     kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
+    if policy is not None:
+        kept["policy"], metrics.more = policy, policy.logged
     if at.name is not None:
         metrics.go_on(checkpoints.load(at, engine, kept))
-    return Opened(steps, sampler, objective, teacher, student, engine, metrics, kept)
+    return Opened(steps, sampler, objective, teacher, student, engine, metrics, kept, policy)
 
 
 def run_steps(
@@ -122,8 +126,10 @@ def run_steps(
     wait_at_most(PATIENCE)
     for step, micro_batches in enumerate(step_batches(run, opened, at.step), at.step):
         watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step))
+        if opened.policy is not None:
+            micro_batches = opened.policy(at.first_step + step, micro_batches)
         train_step(
-            opened.teacher,
+            opened.teacher if opened.objective.reads_teacher else None,
             engine,
             opened.objective,
             [micro_batch.to(run.world.device) for micro_batch in micro_batches],
@@ -150,7 +156,9 @@ def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
 
 def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
     def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
-        return run.task.collate(rows, keep, run.tokenizer)
+        batch = run.task.collate(rows, keep, run.tokenizer)
+        # A policy looks for the prompts in them.
+        return batch if opened.policy is None else replace(batch, rows=rows)
 
     workers, pin = run.config.data.workers, run.world.device.type == "cuda"
     return batches(run.train, opened.sampler, first, opened.steps, collate, workers, pin)
@@ -303,18 +311,21 @@ def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objectiv
     )
 
 
-def stage_teacher(run: Run, objective: Objective) -> Teacher | None:
-    if not objective.reads_teacher:
+def stage_teacher(run: Run, objective: Objective, whole: bool = False) -> Teacher | None:
+    if not (objective.reads_teacher or whole):
         return None
-    settings = run.config.teacher
-    return Teacher(
+    # With `whole` it is loaded to its head, whatever is read of it.
+    settings, needs = run.config.teacher, objective.needs(1)
+    teacher = Teacher(
         settings.path,
         settings,
         run.task.model_class,
-        objective.needs(1),
+        needs.union(Needs(model=frozenset({"head"}))) if whole else needs,
         run.world,
         run.config.trust_remote_code,
     )
+    teacher.needs = needs
+    return teacher
 
 
 def trainable(run: Run, path: str) -> Any:

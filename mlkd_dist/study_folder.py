@@ -79,7 +79,7 @@ def other_settings(run: Planned) -> list[str]:
 
 def settings(config: Config) -> dict[str, Any]:
     """All that its result depends on."""
-    free = ("log_every", "data.workers", "data.cache")
+    free = ("log_every", "data.workers", "data.cache", "data.max_bad")
     return {
         key: value
         for key, value in flat(asdict(config)).items()

@@ -339,9 +339,11 @@ def capture(
 ) -> Trace:
     """`run(**inputs)`, where `run` is the model or the engine around it, and what it showed."""
     trace = Trace(inputs["attention_mask"].bool(), head_count(model), labels=labels)
-    # A tokenizer may give more than this family takes, such as token types; only decoders know a
-    # cache.
-    taken = inspect.signature(model.forward).parameters
+    # A tokenizer may give more than a family takes, such as token types, of which RoBERTa has one
+    # only; only decoders know a cache.
+    taken = set(inspect.signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", 2) == 1:
+        taken.discard("token_type_ids")
     given = {"use_cache": False, **inputs}
     with ExitStack() as stack:
         watcher = stack.enter_context(watched_head(model)) if "head" in needs.model else None

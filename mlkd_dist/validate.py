@@ -9,6 +9,7 @@ from typing import Any
 from mlkd_dist.allowed import above, at_least, one_of, share
 from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
 from mlkd_dist.openings import check_open
+from mlkd_dist.prompts import check_generate, check_on_policy
 from mlkd_dist.roles import ROLES
 from mlkd_dist.schema import LOSSES, check_layers, loss_options, loss_schema, names
 from mlkd_dist.shapes import check_shapes, model_shape, refuse_type
@@ -65,6 +66,9 @@ def validate(config: Config) -> None:
                 f"use auto, which takes the fastest there is for each loss."
             )
     check_pack(config)
+    check_generate(config)
+    check_on_policy(config)
+    check_compare_maps(config)
     check_models(config)
 
 
@@ -126,6 +130,12 @@ def check_values(config: Config) -> None:
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
         at_least("data.train_rows", config.data.train_rows, 1)
+    at_least("data.max_bad", config.data.max_bad, 0)
+    if config.data.max_bad > 1 and config.data.max_bad % 1:
+        raise UserError(
+            f"data.max_bad: {config.data.max_bad} is not allowed; give a share of the rows below "
+            f"1, or a whole number of rows."
+        )
     above("optim.eps", config.optim.eps, 0)
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -269,6 +279,18 @@ def check_pack(config: Config) -> None:
                     f"another and would mix the documents of a packed sequence; use "
                     f"data.pack=false, or losses such as soft_labels and hidden_mse."
                 )
+
+
+def check_compare_maps(config: Config) -> None:
+    if not config.run.compare_maps:
+        return
+    if config.teacher.path is None:
+        raise UserError("run.compare_maps: there is no teacher to compare with; remove it.")
+    if config.data.pack:
+        raise UserError(
+            "run.compare_maps: attention maps of packed sequences are not compared; use "
+            "data.pack=false, or remove it."
+        )
 
 
 def check_length(key: str, given: Any) -> None:

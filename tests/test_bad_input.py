@@ -33,6 +33,8 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 
 GOOD = [{"text": f"w{i} w{i + 1}", "label": i % 3} for i in range(8)]
 
+ASKS = {"role": "user", "content": "w0"}
+
 # Case -> the rows of its training file.
 ROWS = {
     "no rows": [],
@@ -43,27 +45,56 @@ ROWS = {
     "label a fraction": [{"text": "w1", "label": 0.5}, {"text": "w2", "label": 0.5}],
     "an empty completion": [{"text": "w1", "answer": "w2"}, {"text": "w3", "answer": " "}],
     "a prompt of the whole window": [{"text": "w1 " * 50, "answer": f"w{i}"} for i in range(3)],
-    "no chat template": [{"chat": [{"role": "assistant", "content": f"w{i}"}]} for i in range(3)],
+    "no chat template": [
+        {"chat": [ASKS, {"role": "assistant", "content": f"w{i}"}]} for i in range(3)
+    ],
+    "too many bad rows": [*GOOD, '{"text": "w1", "label"', GOOD[0] | {"text": " "}, "null"],
 }
 
 # Case -> pieces that its sentence must hold.
 SAID = {
     "other tokenizer": ["teacher", "student", "different tokenizers", "'w0'", "'other'", "use a"],
     "no rows": ["no rows.jsonl", "is empty"],
-    "not JSON": ["not JSON.jsonl", "line 3", "not JSON", "one JSON object per line"],
+    "not JSON": ["not JSON.jsonl', line 3: it is not JSON", "one JSON object per line", "max_bad"],
+    "a class of validation alone": [
+        "label 5 of the validation",
+        "3 classes (0 to 2)",
+        "task.labels",
+    ],
+    "too many bad rows": [
+        "data.train: 3 of the 11 rows of ",
+        "more than data.max_bad allows (2)",
+        "line 9: it is not JSON",
+        "line 10: column 'text' is empty",
+        "quarantine-",
+    ],
     "no such column": ["'text'", "did you mean 'texts'?", "data.text"],
-    "label outside": ["data.train", "row 9", "label 3", "3 classes", "0 to 2"],
+    "label outside": ["label outside.jsonl', line 9: label 3", "3 classes", "0 to 2", "max_bad"],
     "label a name": ["'label'", "'good'", "labels are 0, 1, 2", "data.label"],
     "label a fraction": ["'label'", "0.5", "labels are 0, 1, 2"],
-    "an empty completion": ["'answer'", "prompt 'w3' is empty", "remove the row"],
-    "a prompt of the whole window": ["'text'", "has 51 tokens", "data.max_length is 48", "raise"],
+    "an empty completion": ["line 2: column 'answer' is empty", "remove the row"],
+    "a prompt of the whole window": [
+        "line 1: ",
+        "'text'",
+        "has 51 tokens",
+        "data.max_length is 48",
+        "raise",
+    ],
     "no chat template": ["data.messages", "no chat template", "data.prompt and data.completion"],
     "an encoder as decoder": ["BertLMHeadModel", "tokens that come later", "use a decoder"],
     "more tokens than entries": ["40 entries", "45 tokens", "resized"],
+    "fewer entries, no head over them": ["40 entries", "45 tokens", "resized"],
+    "positions from another padding": ["padding token 1 on", "pads with 0", "must be 0"],
+    "too long from its padding on": ["data.max_length: 64", "63 tokens", "use 63 or less"],
     "no such file": ["absent.jsonl", "no such file"],
     "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
     "broken weights": ["cut short", "cannot be loaded"],
     "too long": ["data.max_length: 65", "64 tokens", "use 64 or less"],
+    "answers too long": [
+        "stages[0].on_policy.max_new_tokens: 64 tokens after prompts of up to data.max_length (48)",
+        "the 64 that",
+        "lower one",
+    ],
     "other classes": ["3 classes", "2", "same task", "student.from_teacher"],
     "regression with classes": ["three' has 3 classes", "regression needs one", "teacher.finetune"],
     "a head that nobody trains": ["student.path", "no head for the task", "soft_labels or hard"],
@@ -96,7 +127,7 @@ SAID = {
     ],
     "a zero key misspelt": ["deepspeed:", "overlap_com ", "not permitted"],
     "a teacher in the making": ["run.dir", "-teacher", "holds files that are no run"],
-    "labels refused after finetune is planned": ["data.train", "row 9", "label 3"],
+    "labels refused after finetune is planned": ["label outside.jsonl', line 9: label 3"],
 }
 
 
@@ -110,6 +141,7 @@ def write_models(folder: Path) -> dict[str, Path]:
         ConvBertConfig,
         GPT2Config,
         MistralConfig,
+        RobertaConfig,
     )
 
     bert = BertConfig(**BERT, num_labels=3)
@@ -127,6 +159,11 @@ def write_models(folder: Path) -> dict[str, Path]:
         "base": write_model(folder / "base", bert, AutoModel),
         "words": write_model(folder / "words", bert, classifier, words=["other", *WORDS[1:]]),
         "convbert": write_model(folder / "convbert", convbert, AutoModel),
+        "few": write_model(folder / "few", BertConfig(**BERT | {"vocab_size": 40}), AutoModel),
+        "roberta": write_model(
+            folder / "roberta", RobertaConfig(**BERT, pad_token_id=0), AutoModel
+        ),
+        "padded": write_model(folder / "padded", RobertaConfig(**BERT, pad_token_id=1), AutoModel),
         "mistral": write_model(folder / "mistral", mistral, AutoModel),
         "gpt2": write_model(folder / "gpt2", gpt2, classifier),
         "decoder": write_model(folder / "decoder", gpt2, AutoModelForCausalLM),
@@ -180,24 +217,50 @@ def all_configs(base: Path) -> dict[str, dict]:
     answers = {"data__prompt": "text", "data__completion": "answer"}
     columns = dict.fromkeys(("an empty completion", "a prompt of the whole window"), answers)
     columns["no chat template"] = {"data__messages": "chat"}
-    configs = {case: config(case) for case in ROWS if case not in columns}
+    given = {"too many bad rows": {"data__max_bad": 2}}
+    configs = {case: config(case, **given.get(case, {})) for case in ROWS if case not in columns}
     configs |= {
         case: config(case, "decoder", "causal_lm", **given) for case, given in columns.items()
     }
     configs |= {
         "an encoder as decoder": config("an encoder as decoder", "maskless", "causal_lm"),
         "more tokens than entries": config("more tokens than entries", "narrow", "causal_lm"),
+        "fewer entries, no head over them": config(
+            "fewer entries, no head over them", "base", "embedding", student=student("few")
+        ),
+        "positions from another padding": config(
+            "positions from another padding", "base", "embedding", student=student("padded")
+        ),
+        "too long from its padding on": config(
+            "too long from its padding on",
+            "base",
+            "embedding",
+            student=student("roberta"),
+            data__max_length=64,
+        ),
         "other tokenizer": config("other tokenizer", student=student("words")),
         "no such file": config("no such file", data__train=str(base / "absent.jsonl")),
         "no head": config("no head", teacher="base"),
         "broken weights": config("broken weights", teacher="cut short"),
         "too long": config("too long", data__max_length=65),
+        "answers too long": config(
+            "answers too long",
+            "decoder",
+            "causal_lm",
+            data__prompt="text",
+            data__completion="text_too",
+        ),
         "other classes": config("other classes", student=student("two")),
         "regression with classes": config("regression with classes", task="regression"),
         "a head that nobody trains": config("a head that nobody trains", student=student("base")),
         "an opening too short": config("an opening too short"),
         "maps of a window": config("maps of a window", "mistral", "embedding"),
         "other class count": config("other class count", task__labels=5),
+        "a class of validation alone": config(
+            "a class of validation alone",
+            student=student("three"),
+            data__validation=write_rows(base / "five.jsonl", [{"text": "w1", "label": 5}]),
+        ),
         "head of another size": config("head of another size", student=student("two")),
         "no mask token": config("no mask token", "maskless", "masked_lm"),
         "validation is train": config("validation is train", data__validation=data["train"]),
@@ -229,6 +292,7 @@ def all_configs(base: Path) -> dict[str, dict]:
     }
     configs["an earlier run"]["run"]["overwrite"] = False
     configs["no triton"]["kernels"] = "triton"
+    configs["answers too long"]["stages"][0] |= {"losses": {"soft_labels": {}}, "on_policy": {}}
     configs["a deepspeed key misspelt"]["deepspeed"] = {"prescale_gradient": True}
     configs["a zero key misspelt"]["deepspeed"] = {"zero_optimization": {"overlap_com": True}}
     low_rank = {"from_teacher": {"layers": 2}, "low_rank": {"keep": 0.01}}
@@ -243,6 +307,7 @@ def all_configs(base: Path) -> dict[str, dict]:
     configs["matrices of other sizes"]["student"] = student("slim")
     of_one_loss = {"teacher": {}, "stages": [{"steps": 1, "losses": {"hard_labels": {}}}]}
     configs["head of another size"] |= of_one_loss
+    configs["a class of validation alone"] |= of_one_loss
     hidden_only = {"steps": 1, "losses": {"hidden_mse": {}}}
     configs["a head that nobody trains"]["stages"] = [hidden_only]
     two_steps = {"steps": 2, "losses": {"hidden_mse": {}, "soft_labels": {}}}
@@ -337,6 +402,6 @@ def test_two_processes_say_it_once_and_end(tmp_path: Path, teachers: dict[str, P
     )
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
-    assert output.count("line 3 is not JSON") == 1, output
+    assert output.count("line 3: it is not JSON") == 1, output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()

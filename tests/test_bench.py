@@ -14,7 +14,8 @@ from mlkd_dist import bench, objective
 from mlkd_dist import config as configs
 from mlkd_dist.bench import peak_of, table, whole
 from mlkd_dist.engine import World
-from mlkd_dist.tasks import Batch
+from mlkd_dist.quarantine import Quarantine
+from mlkd_dist.tasks import BadRow, Batch
 from mlkd_dist.trace import Needs, Trace
 
 
@@ -183,3 +184,23 @@ def test_the_floor_is_a_loss_of_its_own(teachers: dict, labelled: bool) -> None:
     # Of the student alone: the teacher shows no more than the terms ask for.
     assert alone.needs(1) == Needs()
     assert alone.needs(0).depth() is None if labelled else alone.needs(0).depth() == 2
+
+
+def test_rows_that_are_left_out_are_listed_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The folder of the measurement is removed."""
+    found = Quarantine(max_bad=1)
+    sieve = found.sieve("rows.jsonl", "line")
+    sieve.rows = 3
+    sieve.refuse(2, BadRow("it is bad", "mend it"), "{")
+    found.add("data.train", sieve)
+    config = SimpleNamespace(data=SimpleNamespace(cache=str(tmp_path)))
+    monkeypatch.setattr(bench, "on_first", lambda world, work: work())
+    bench.list_in_cache(SimpleNamespace(config=config, world=None, quarantine=found))
+    (path,) = tmp_path.iterdir()
+    row = {"data": "data.train", "source": "rows.jsonl", "line": 2}
+    assert json.loads(path.read_text()) == row | {"reason": "it is bad", "content": "{"}
+    said = capsys.readouterr().err
+    assert "data.train: 1 of the 3 rows of 'rows.jsonl' are bad and left out (line 2: it" in said
+    assert repr(str(path)) in said

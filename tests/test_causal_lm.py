@@ -14,12 +14,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlkd_dist import tasks
+from mlkd_dist.columns import Columns
 from mlkd_dist.config import DataConfig, TaskConfig, UserError
 from mlkd_dist.data import prepare
 from mlkd_dist.head import Head
+from mlkd_dist.quarantine import Sieve
 from mlkd_dist.sources import read
 from mlkd_dist.student import Student
-from mlkd_dist.tasks import Batch
+from mlkd_dist.tasks import BadRow, Batch
 from mlkd_dist.tasks.causal_lm import packed
 from mlkd_dist.trace import Needs, Trace, capture
 
@@ -153,7 +155,9 @@ def test_bad_rows_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     said = refusal(pairs, tokenizer, {"q": ["w0 w1 w2 w3"], "a": ["w1"]}, size=5)
     assert "has 5 tokens" in said and "data.max_length is 5" in said and "raise" in said
     for wrong in ([], [{"role": "user", "content": "w0"}], ["w0"], [{"role": "assistant"}]):
-        said = refusal(chats, tokenizer, {"m": [json.dumps(wrong)]})
+        with pytest.raises(BadRow) as found:
+            chats.check({"m": json.dumps(wrong)})
+        said = str(found.value)
         assert 'of the role "assistant"' in said and json.dumps(wrong)[:20] in said
     chat = [{"role": "user", "content": "w0"}, {"role": "assistant", "content": "w1"}]
     before, tokenizer.chat_template = tokenizer.chat_template, None
@@ -178,12 +182,15 @@ def test_chats_are_read_from_files(tmp_path: Path, ending: str) -> None:
         path.write_text(json.dumps({"m": CHAT}) + "\n")
     else:
         datasets.Dataset(pa.table({"m": [CHAT]})).to_parquet(path)
-    found = read(str(path), ["m"], keys={"m": "data.messages"})
-    assert json.loads(found["m"][0]) == CHAT
-    with pytest.raises(UserError, match="no column 'n'.*Set data.messages"):
-        read(str(path), ["n"], keys={"n": "data.messages"})
+
+    def rows(column: str, key: str) -> datasets.Dataset:
+        return read(Columns(str(path), [column], keys={column: key}), Sieve(str(path)))
+
+    assert json.loads(rows("m", "data.messages")["m"][0]) == CHAT
+    with pytest.raises(UserError, match="no column 'n'.*set data.messages"):
+        rows("n", "data.messages")
     with pytest.raises(UserError, match="'m' holds .*not text.*data.prompt"):
-        read(str(path), ["m"], keys={"m": "data.prompt"})
+        rows("m", "data.prompt")
 
 
 def test_data_with_nothing_to_learn_is_refused(
@@ -192,13 +199,13 @@ def test_data_with_nothing_to_learn_is_refused(
     files = []
     for name in ("train", "validation"):
         files.append(tmp_path / f"{name}.jsonl")
-        files[-1].write_text(json.dumps({"text": ""}) + "\n" + json.dumps({"text": name}) + "\n")
+        files[-1].write_text(json.dumps({"text": name}) + "\n")
     before, tokenizer.eos_token = tokenizer.eos_token, None
     # Without special tokens a text of one token is followed by nothing.
     plain = tokenizer.backend_tokenizer.post_processor
     try:
         tokenizer.backend_tokenizer.post_processor = None
-        with pytest.raises(UserError, match="anything to learn.*text"):
+        with pytest.raises(UserError, match="line 1: .*'train' has 1 token.* nothing to learn"):
             prepare(*map(str, files), 0.1, task_of(), tokenizer, 8, str(tmp_path / "cache"))
     finally:
         tokenizer.eos_token, tokenizer.backend_tokenizer.post_processor = before, plain

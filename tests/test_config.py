@@ -76,6 +76,11 @@ PACKED = (
     "task.kind=causal_lm data.pack=true teacher.path={gpt2} student={from_teacher: {layers: 2}} "
     "stages=[{steps: 1, losses: {soft_labels: {}, hidden_mse: {}}}]"
 )
+ANSWERS = (
+    "task.kind=causal_lm teacher.path={gpt2} student={from_teacher: {layers: 2}} data.prompt=q "
+    "data.completion=a stages=[{steps: 1, losses: {soft_labels: {}}}]"
+)
+POLICY = f"{ANSWERS} stages[0].on_policy"
 OF_NOTHING = "stages[0].losses.attention_relation.of="
 RELATION = "stages[0].losses.attention_relation"
 
@@ -326,8 +331,37 @@ REFUSED: dict[str, list[str]] = {
         "data.pack=false",
         "soft_labels",
     ],
+    f"{PACKED} run.compare_maps=true": ["run.compare_maps", "packed", "data.pack=false"],
     f"{PACKED} student.attention=flash_attention_2": ["student.attention", "apart", "use sdpa"],
     f"{PACKED} stages[0].losses.sample_relation={{}}": ["losses.sample_relation", "mix"],
+    f"{ANSWERS} task.generate={{rows: 0}}": [],
+    f"{ANSWERS} task.generate={{rows: -1}}": ["task.generate.rows: -1", "0 or more"],
+    f"{ANSWERS} task.generate={{max_new_tokens: 0}}": ["generate.max_new_tokens: 0", "1 or more"],
+    f"{ANSWERS} task.generate={{row: 8}}": ["task.generate.row: no such key", "generate.rows'"],
+    "task.generate={}": ["task.generate: only for task.kind causal_lm, given with classification"],
+    f"{ANSWERS} data.prompt= data.completion= task.generate={{}}": [
+        "task.generate: the documents of data.text have no prompts",
+        "data.prompt and data.completion",
+    ],
+    f"{POLICY}={{}}": [],
+    f"{POLICY}={{fraction: 0}} stages[0].losses.hard_labels={{}}": [],
+    f"{POLICY}={{by: teacher, temperature: 0}} stages[0].losses.hard_labels={{}}": [],
+    f"{POLICY}={{}} stages[0].losses.hard_labels={{}}": [
+        "stages[0].on_policy: hard_labels",
+        "a stage of its own, or use by: teacher",
+    ],
+    f"{POLICY}={{}} data.pack=true": ["stages[0].on_policy", "use data.pack=false"],
+    f"{POLICY}={{}} data.prompt= data.completion=": ["stages[0].on_policy", "have no prompts"],
+    "stages[1].on_policy={}": ["stages[1].on_policy: only for task.kind causal_lm", "remove it"],
+    f"{POLICY}={{fraction: 1.5}}": ["on_policy.fraction: 1.5", "between 0 and 1"],
+    f"{POLICY}={{by: pupil}}": ["stages[0].on_policy.by: 'pupil'", "use student, teacher"],
+    f"{POLICY}={{temperature: -1}}": ["on_policy.temperature: -1", "0 or more"],
+    f"{POLICY}={{top_p: 0}}": ["on_policy.top_p: 0", "above 0 and at most 1"],
+    f"{POLICY}={{temperature: 0, top_p: 0.9}}": ["on_policy.top_p: 0.9", "temperature 0"],
+    f"{POLICY}={{max_new_tokens: 0}}": ["on_policy.max_new_tokens: 0", "1 or more"],
+    f"{POLICY}={{top_k: 5}}": ["stages[0].on_policy.top_k: no such key", "allowed here: fraction"],
+    f"{POLICY}={{by: teacher}} teacher.path= student={{path: {{gpt2}}}} "
+    "stages[0].losses={hard_labels: {}}": ["on_policy.by: teacher needs teacher.path"],
     "stages[0].losses.soft_labels.kind=kl": ["soft_labels.kind: 'kl'", "forward_kl, reverse_kl"],
     "stages[0].losses.soft_labels.beta=0.5": ["beta: 0.5", "kind forward_kl", "use jsd"],
     "stages[0].losses.soft_labels={kind: jsd, beta: 1}": ["soft_labels.beta: 1", "0 and 1"],
@@ -373,6 +407,10 @@ REFUSED: dict[str, list[str]] = {
     "data.max_length=3": ["data.max_length: 3", "4 or more"],
     "data.train_rows=0": ["data.train_rows: 0", "1 or more"],
     "data.train_rows=0.5": ["data.train_rows: 0.5", "a whole number"],
+    "data.max_bad=-1": ["data.max_bad: -1", "0 or more"],
+    "data.max_bad=.nan": ["data.max_bad: nan", "0 or more"],
+    "data.max_bad=2.5": ["data.max_bad: 2.5", "share of the rows below 1", "whole number of rows"],
+    "data.max_bad=all": ["data.max_bad: 'all'", "a number"],
     "optim.betas=[0.9]": ["optim.betas: [0.9]", "two numbers"],
     "optim.betas=[0.9,1]": ["optim.betas", "1.0", "below 1"],
     "optim.eps=0": ["optim.eps: 0.0", "more than 0"],
@@ -514,6 +552,7 @@ def test_what_a_run_writes_down_loads_as_the_same_config(folder: Path, tmp_path:
     config = load(folder / "good.yaml", changes)
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
+    config.run.compare_maps = True
     own = finetune_config(config)
     save(own, tmp_path / "own.yaml")
     assert asdict(load(tmp_path / "own.yaml")) == asdict(own)

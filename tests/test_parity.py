@@ -157,3 +157,24 @@ def test_layers_open_alike_in_every_layout(
         of_layers = {"attention_kl", "attention_mse", "cls_cosine"} if one or other else set()
         assert losses == {"total"} | of_layers | ({"hard_labels"} if prediction else set())
     check_parity(opening_runs, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_what_rests_on_the_host_changes_nothing(
+    task: str, tmp_path: Path, teachers: dict, data: dict
+) -> None:
+    """Optimizer states of the student at each stage, and the weights of the teacher."""
+    configs = {}
+    for stage, offload in ((0, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu")):
+        folder = tmp_path / f"{stage}"
+        folder.mkdir()
+        config = run_config(folder, teachers[task], data, task)
+        config["batch"] |= {"micro_batch": 1, "grad_accum": 2}
+        config["student"] |= {"zero_stage": stage, "offload": offload}
+        sharded = {"zero_stage": 3 if stage else 0, "offload": offload}
+        config["teacher"] |= sharded
+        configs[stage] = config
+    launch([*configs.values()], tmp_path / "logs", 2)
+    found = {(stage,): logged(config) for stage, config in configs.items()}
+    check_parity(found, found[(0,)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from mlkd_dist import config as configs
 from mlkd_dist import footprint, plan, tasks
@@ -167,6 +168,28 @@ def test_activations_are_what_autograd_keeps(attention: str, teachers: dict) -> 
     assert sum(kept.values()) == pytest.approx(counted, rel=0.25)
 
 
+def test_arithmetic_is_what_torch_counts(teachers: dict) -> None:
+    """Of a Llama with its head: forward, and forward with backward."""
+    path = str(teachers["causal_lm"])
+    found, model_class = read_config(path), tasks.load("causal_lm").model_class
+    model = load_model(model_class, path, config=found, dtype="fp32", attention="eager")
+    config = configs.Config()
+    config.task.kind = "causal_lm"
+    size = plan.size_of(config, found, model)
+    ids = torch.ones(3, 16, dtype=torch.long)
+    counts = []
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            loss = model(input_ids=ids).logits.sum()
+            if backward:
+                loss.backward()
+        counts.append(counter.get_total_flops())
+    assert footprint.forward_flops(size, 48, 16) == pytest.approx(counts[0], rel=0.01)
+    assert footprint.step_flops(None, size, 48, 16, False) == pytest.approx(counts[1], rel=0.01)
+    step = footprint.step_flops(size, size, 48, 16, True)
+    assert step == pytest.approx(counts[0] + counts[1] + counts[0], rel=0.01)
+
+
 def test_a_head_is_taken_in_the_chunks_of_its_kernel() -> None:
     assert (footprint.HEAD_BYTES, footprint.MIN_TOKENS) == (
         linear_divergence.CUDA_BYTES,
@@ -199,7 +222,7 @@ def large(tmp_path: Path) -> str:
 
 
 def test_a_large_pair_is_planned_without_its_weights(large: str, tmp_path: Path) -> None:
-    words = ["nodes=32", "gpus_per_node=8", "gpu_memory=80", "bandwidth=50"]
+    words = ["nodes=32", "gpus_per_node=8", "gpu_memory=80", "bandwidth=50", "tflops=400"]
     out, told = tmp_path / "recommended.yaml", tmp_path / "plan.json"
     shown = plan.main(large, [*words, f"out={out}", f"json={told}"])
     found = json.loads(told.read_text())
@@ -214,6 +237,7 @@ def test_a_large_pair_is_planned_without_its_weights(large: str, tmp_path: Path)
     wire = 2 * found["teacher_parameters"] + 6 * found["student_parameters"]
     assert both["wire_gib"]["total"] * GIB == pytest.approx(wire * 255 / 256)
     assert both["wire_s"] == pytest.approx(wire * 255 / 256 / 50e9)
+    assert both["compute_s"] == both["tflop"] / 400
     assert both["total_gib"] == pytest.approx(
         sum(both[f"{name}_gib"] for name in plan.PARTS[:-2]), rel=1e-6
     )
@@ -278,6 +302,7 @@ def test_what_does_not_fit_is_said(large: str, tmp_path: Path) -> None:
     [
         ("nodes=many", "nodes is a number"),
         ("nodes=0", "nodes: 0 is not allowed"),
+        ("tflops=0", "tflops: 0.0 is not allowed"),
         ("gpu_memory=-1", "gpu_memory: -1.0 is not allowed"),
         ("gpu_memry=80", "did you mean 'gpu_memory'"),
         ("out=nowhere/at/all.yaml", "no such folder"),

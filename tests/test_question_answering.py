@@ -13,6 +13,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig
 from mlkd_dist.losses import load
+from mlkd_dist.tasks import BadRow
 from mlkd_dist.tasks.question_answering import exact, words_f1
 from mlkd_dist.trace import Trace, logits_of
 
@@ -154,8 +155,10 @@ def test_words_are_compared_as_squad_does() -> None:
 
 
 WRONG = {
-    "text": "w3",
-    "no keys": {"text": ["w3"]},
+    "no lists": {"text": "w", "answer_start": 1},
+    "one list": {"text": ["w3"], "answer_start": 9},
+    "text is a number": {"text": [3], "answer_start": [9]},
+    "counted from the end": {"text": ["w19"], "answer_start": [-3]},
     "lengths": {"text": ["w3", "w4"], "answer_start": [9]},
     "another place": {"text": ["w3"], "answer_start": [1]},
     "empty": {"text": [""], "answer_start": [0]},
@@ -163,9 +166,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_answer_is_named(tokenizer: PreTrainedTokenizerBase, case: str) -> None:
-    with pytest.raises(ValueError, match="column 'answers': .* is not an answer; give"):
-        encoded(tokenizer, answer("w3"), WRONG[case])
+def test_what_is_no_answer_is_named(case: str) -> None:
+    row = {"question": "w30", "passage": PASSAGE}
+    task_of().check(row | {"answers": answer("w3")})
+    with pytest.raises(BadRow, match="column 'answers': .* is not an answer; give"):
+        task_of().check(row | {"answers": WRONG[case]})
 
 
 def test_a_question_must_leave_room(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, launch, logged, run_config, write_model
+import transformers
+from conftest import BERT, LOGIT_LOSSES, LOSSES, WORDS, launch, logged, run_config, write_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -21,6 +22,8 @@ from mlkd_dist.low_rank import merge
 from mlkd_kernels import choose
 
 STAGES = [0, 1, 2, 3]
+SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+MODERN = dict(pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     path = write_model(base / "gpt2", gpt2, AutoModelForSequenceClassification)
     configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
     configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
+    # Students of other families than their teacher, a BERT.
+    for family, given in (("Roberta", {"pad_token_id": 0}), ("ModernBert", MODERN)):
+        made = getattr(transformers, f"{family}Config")(**BERT | SMALL | given, num_labels=3)
+        path = write_model(base / family, made, AutoModelForSequenceClassification)
+        own = {"path": str(path), "zero_stage": 2, "dropout": False}
+        configs[family] = config(family, student=own, data__text_pair="other")
+        configs[family]["teacher"]["zero_stage"] = 3
+    for name in ("factors3", "factors-gpt2", "zero3"):
+        configs[name]["run"]["compare_maps"] = True
     configs["workers"] = config("workers", data__workers=1)
     configs["packed"] = config("packed", "causal_lm", data__pack=True, student__zero_stage=3)
     packed = {"soft_labels": {"kind": "skew_reverse_kl"}, "hard_labels": {}, "hidden_mse": {}}
@@ -89,11 +101,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     spans |= {"validation": None, "validation_fraction": 0.3, "max_length": 24}
     configs["answers"] = config("answers", "question_answering", student__zero_stage=3)
     configs["answers"]["data"] |= spans
+    mixed = {key: with_bad_rows(Path(path), base / f"{key}.jsonl") for key, path in data.items()}
+    configs["bad rows"] = config("bad rows", data__max_bad=2)
+    configs["bad rows"]["data"] |= mixed
     # Four layers of the teacher's width, and no head.
     headless = {"path": str(teachers["embedding"]), "zero_stage": 3}
     configs["headless"] = config("headless", student=headless)
     launch(list(configs.values()), base / "logs", world=2)
     return configs
+
+
+def with_bad_rows(good: Path, path: Path) -> str:
+    """One on the first line; and one after the fifth that is good."""
+    lines = good.read_bytes().splitlines(keepends=True)
+    outside = b'{"text": "w1", "label": 3}\n'
+    path.write_bytes(b"".join([b"na\xefve\n", *lines[:5], outside, *lines[5:]]))
+    return str(path)
 
 
 def write_questions(path: Path) -> str:
@@ -210,6 +233,22 @@ def test_pairs_of_texts_reach_the_model_as_pairs(runs: dict) -> None:
     assert torch.allclose(model.eval()(**inputs).logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Roberta", "ModernBert"])
+def test_a_student_of_another_family_learns(runs: dict, family: str) -> None:
+    """From pairs, whose second text has a token type that neither family knows."""
+    inputs, logits = trained(runs[family])
+    assert inputs["token_type_ids"].max() == 1
+    path = folder(runs[family]) / "export"
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    assert type(model).__name__.startswith(family)
+    taken = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.allclose(model(**taken).logits, logits, atol=1e-5)
+    rows = logged(runs[family])
+    for name in LOSSES | LOGIT_LOSSES:
+        assert 0 < rows[-1][f"loss/{name}"]
+    assert rows[-1]["loss/total"] < 0.95 * rows[0]["loss/total"]
+
+
 def test_a_regression_learns_numbers(runs: dict) -> None:
     rows = logged(runs["regression"])
     assert rows[-1]["loss/hard_labels"] < 0.9 * rows[0]["loss/hard_labels"]
@@ -228,6 +267,32 @@ def test_a_regression_learns_numbers(runs: dict) -> None:
         truth.append(row["score"])
     expected = torch.corrcoef(torch.tensor([found, truth]))[0, 1].item()
     assert report["student"]["quality"]["pearson"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["factors3", "factors-gpt2"])
+def test_the_report_tells_how_far_the_attention_maps_are(runs: dict, name: str) -> None:
+    """By both models' own maps, without any of our code but for reading the factors."""
+    path, config = folder(runs[name]), runs[name]
+    tokenizer = AutoTokenizer.from_pretrained(path / "export")
+    student = mlkd_dist.load_student(path / "export")
+    teacher = AutoModelForSequenceClassification.from_pretrained(config["teacher"]["path"])
+    for model in (student, teacher):
+        model.eval().set_attn_implementation("eager")
+    total, tokens = 0.0, 0
+    for line in Path(config["data"]["validation"]).read_text().splitlines():
+        inputs = tokenizer(json.loads(line)["text"], return_tensors="pt")
+        with torch.no_grad():
+            ours, theirs = (
+                m(**inputs, output_attentions=True).attentions for m in (student, teacher)
+            )
+        for q, p in zip(ours, theirs, strict=True):
+            gap = torch.where(p > 0, p * (p.log() - q.log()), 0).sum(-1)  # [1, H, L]
+            total += gap.mean(1).sum().item()
+        tokens += inputs["input_ids"].shape[1]
+    agreement = json.loads((path / "report.json").read_text())["student"]["agreement"]
+    assert (
+        agreement["attention_kl"] == pytest.approx(total / tokens, rel=1e-3, abs=1e-7) and total > 0
+    )
 
 
 def test_answers_are_learned_and_measured(runs: dict) -> None:
@@ -389,9 +454,34 @@ def plain_perplexity(config: dict, path: Path) -> float:
     return torch.cat(losses).mean().exp().item()
 
 
+def test_attention_maps_of_other_heads_are_not_compared(runs: dict) -> None:
+    report = json.loads((folder(runs["zero3"]) / "report.json").read_text())
+    assert "attention_kl" not in report["student"]["agreement"]
+
+
 def test_every_zero_stage_reports_the_same_model(runs: dict) -> None:
     reports = [json.loads((folder(runs[f"zero{s}"]) / "report.json").read_text()) for s in STAGES]
     for report in reports[1:]:
         assert report["teacher"]["parameters"] == reports[0]["teacher"]["parameters"]
         kl = report["student"]["agreement"]["kl"]
         assert kl == pytest.approx(reports[0]["student"]["agreement"]["kl"], rel=1e-3)
+
+
+def test_a_run_goes_on_without_bad_rows(runs: dict) -> None:
+    """As the run on the same data without them, to the bit."""
+    config, clean = runs["bad rows"], runs["zero0"]
+    for ours, theirs in zip(logged(config), logged(clean), strict=True):
+        for name in (key for key in theirs if key.startswith("loss/") or key == "grad_norm"):
+            assert ours[name] == theirs[name], name
+    report, other = (json.loads((folder(c) / "report.json").read_text()) for c in (config, clean))
+    assert report["student"]["quality"] == other["student"]["quality"]
+    assert report["bad_rows"] == {"data.train": 2, "data.validation": 2}
+    assert other["bad_rows"] == {"data.train": 0, "data.validation": 0}
+    lines = (folder(config) / "quarantine.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [(row["data"], row["line"]) for row in listed] == [
+        (key, line) for key in ("data.train", "data.validation") for line in (1, 7)
+    ]
+    assert "not UTF-8" in listed[0]["reason"] and "label 3 is outside" in listed[1]["reason"]
+    assert listed[1]["content"] == '{"text": "w1", "label": 3}'
+    assert not (folder(clean) / "quarantine.jsonl").exists()

@@ -4,19 +4,31 @@ text becomes a batch, which rows of the logits count, and how well a model does 
 Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
 
     columns                       raw columns it reads
-    structured_label              True: its label column holds keys and values; may be left out
+    label_keys                    the keys of a label that holds keys and values; may be left out
+    longest                       column -> characters that a text may have; may be left out, as
+                                  where texts are cut at max_length
     model_class                   the transformers Auto class of its models
     reads                         what an evaluation takes from a trace
     vocabulary                    whether its models have a row of logits per token
     settings()                    what the encoding depends on, for the cache key
-    encode(rows, tokenizer, max_length)    raw columns -> token columns
+    check(row)                    BadRow for a raw row that no tokenizer could make good
+    encode(rows, tokenizer, max_length)    raw columns -> token columns; BadRow where one of them is
+                                  at fault, ValueError where all are
     collate(rows, keep, tokenizer)         rows -> Batch
     outputs(trace, batch)         per sample results of one batch, a dict of tensors on the CPU
     quality(outputs)              how well the model does by the labels: name -> number
     agreement(student, teacher)   how alike two models' outputs are: name -> number
+
+and, where models may be asked to answer the prompts of its rows,
+
+    prompted                      whether these rows have prompts; may be left out
+    examples(row)                 (prompt, completion) of an encoded row, as token numbers
+    answered(prompt, said)        the encoded row of another completion
+    answer_quality(said, meant)   how well a model answers, of texts: name -> number
 """
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +36,16 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+# What no tokenizer takes for text: NUL, and halves of surrogate pairs.
+BROKEN = re.compile("[\x00\ud800-\udfff]")
+
+
+class BadRow(ValueError):
+    """A row of the data that cannot be used: what is wrong, and what to do about it."""
+
+    def __init__(self, wrong: str, remedy: str):
+        super().__init__(f"{wrong}; {remedy}.")
+        self.wrong, self.remedy = wrong, remedy
 
 
 @dataclass
@@ -78,6 +100,15 @@ class Batch:
 
 def load(kind: str) -> Any:
     return importlib.import_module(f"mlkd_dist.tasks.{kind}").Task
+
+
+def tokens(texts: list[list[str]], tokenizer: Any, **options: Any) -> dict[str, list]:
+    """Of columns of texts, one or two. BadRow where a text has no tokens at all."""
+    encoded = dict(tokenizer(*texts, **options))
+    for text, ids in zip(texts[0], encoded["input_ids"], strict=True):
+        if not ids:
+            raise BadRow(f"{text[:40]!r} has no tokens", "correct it or remove the row")
+    return encoded
 
 
 def pad(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:

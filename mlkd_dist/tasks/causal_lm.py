@@ -2,16 +2,24 @@
 
 import json
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, Batch
+from mlkd_dist.tasks import BROKEN, IGNORE, BadRow, Batch
+from mlkd_dist.tasks._rouge import rouge_l
 from mlkd_dist.tasks._vocabulary import accuracy, perplexity, same_token, token_outputs
 from mlkd_dist.trace import Trace
 
+# Characters of a document: above it a file has lost its line ends.
+LONGEST_DOCUMENT = 50_000_000
+# What chat templates call who speaks. Others must stand in the template itself, since most write
+# whatever they are given.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # A part of a sequence, and whether the model learns to say its tokens.
 Part = tuple[list[int], bool]
 
@@ -34,16 +42,30 @@ class Task:
         else:
             self.keys = {data.text: "data.text"}
         self.columns = list(self.keys)
+        self.longest = dict.fromkeys(self.columns, LONGEST_DOCUMENT)
+        self.prompted = "data.text" not in self.keys.values()
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "causal_lm", "columns": self.keys, "pack": self.pack}
 
+    def check(self, row: dict[str, Any]) -> None:
+        if list(self.keys.values()) == ["data.messages"]:
+            check_messages(row[self.columns[0]])
+
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list]:
+        if list(self.keys.values()) == ["data.messages"]:
+            check_template(tokenizer)
         sequences = []
         for row in zip(*(rows[name] for name in self.columns), strict=True):
             ids, target = joined(self.parts(row, tokenizer, max_length))
+            if not any(target[1:max_length]):
+                raise BadRow(
+                    f"column {self.columns[0]!r}: {row[0][:40]!r} has {len(ids)} token(s), which "
+                    f"leaves nothing to learn",
+                    "give a longer text or remove the row",
+                )
             # A document goes on in the next sequence; a completion ends with its sequence.
             ends = len(ids) if list(self.keys.values()) == ["data.text"] else 1
             for start in range(0, ends, max_length):
@@ -79,17 +101,19 @@ class Task:
             case _:
                 said = tokens(row[1])
                 if not said:
-                    raise ValueError(
+                    raise BadRow(
                         f"column {self.columns[1]!r}: the completion of the prompt "
-                        f"{row[0][:40]!r} is empty; fill it or remove the row."
+                        f"{row[0][:40]!r} is empty",
+                        "fill it or remove the row",
                     )
                 parts = [(beginning(tokenizer) + tokens(row[0]), False), (said + end, True)]
         before = len(parts[0][0])
         if before >= max_length:
-            raise ValueError(
+            raise BadRow(
                 f"column {self.columns[0]!r}: what leads to the first completion has {before} "
                 f"tokens ({row[0][:40]!r}...) and data.max_length is {max_length}, which leaves "
-                f"none for the completion; raise data.max_length or remove the row."
+                f"none for the completion",
+                "raise data.max_length or remove the row",
             )
         return parts
 
@@ -125,6 +149,23 @@ class Task:
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return {"next_token_accuracy": accuracy(outputs), "perplexity": perplexity(outputs)}
 
+    def examples(self, row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+        """What leads to the last thing to be said, and that; of each document of a packed row."""
+        start = 0
+        for length in row.get("lengths", [len(row["input_ids"])]):
+            ids, target = (row[key][start : start + length] for key in ("input_ids", "target"))
+            end = length - target[::-1].index(True)
+            begin = end - [*target[:end][::-1], False].index(False)
+            yield ids[:begin], ids[begin:end]
+            start += length
+
+    def answered(self, prompt: list[int], said: list[int]) -> dict[str, Any]:
+        target = [False] * len(prompt) + [True] * len(said)
+        return {"input_ids": prompt + said, "target": target}
+
+    def answer_quality(self, said: list[str], meant: list[str]) -> dict[str, float]:
+        return rouge_l(said, meant)
+
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         return same_token(student, teacher)
 
@@ -146,17 +187,19 @@ def joined(parts: list[Part]) -> Part:
 def chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The text of a chat in parts, as the tokenizer's template writes it: what leads to each turn
     of the assistant, with the template's opening of it, and the turn."""
-    check_messages(messages)
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"data.messages: {type(tokenizer).__name__} has no chat template; use a model made for "
-            f"chats, or give data.prompt and data.completion."
-        )
+    check_roles(messages, tokenizer)
 
     def text(upto: int, opening: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:upto], tokenize=False, add_generation_prompt=opening
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages[:upto], tokenize=False, add_generation_prompt=opening
+            )
+        except TemplateError as error:
+            said = " ".join(str(error).split())
+            raise BadRow(
+                f"data.messages: the tokenizer's chat template refuses the chat ({said})",
+                "write it as the template has it",
+            ) from error
 
     parts, done = [], ""
     for i, message in enumerate(messages):
@@ -165,26 +208,60 @@ def chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, b
         for upto, learned in ((i, False), (i + 1, True)):
             found = text(upto, opening=not learned)
             if not found.startswith(done):
-                raise ValueError(
+                raise BadRow(
                     f"data.messages: the tokenizer's chat template writes turn {i + 1} so that "
-                    f"what went before is no longer its beginning; give one answer per row, as "
-                    f"data.prompt and data.completion."
+                    f"what went before is no longer its beginning",
+                    "give one answer per row, as data.prompt and data.completion",
                 )
             parts.append((found[len(done) :], learned))
             done = found
     return parts
 
 
-def check_messages(messages: Any) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"data.messages: {type(tokenizer).__name__} has no chat template; use a model made for "
+            f"chats, or give data.prompt and data.completion."
+        )
+
+
+def check_roles(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+    for message in messages:
+        role = message["role"]
+        if role not in ROLES and (not role or role not in str(tokenizer.chat_template)):
+            raise BadRow(
+                f"data.messages: {role!r} is no role that the tokenizer's chat template knows",
+                f"use {', '.join(ROLES)}",
+            )
+
+
+def check_messages(text: str) -> None:
+    """That a chat, as JSON, is one with something to learn."""
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError):
+        messages = None
+    shown = " ".join(text[:80].split())
     wrong = not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content"))
         for m in messages
     )
     if wrong or not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise ValueError(
-            f"data.messages: {json.dumps(messages)[:80]} is not a chat; each row is a list of "
-            f'{{"role": ..., "content": ...}} with at least one answer of the role "assistant".'
+        raise BadRow(
+            f"data.messages: {shown} is not a chat",
+            'give a list of {"role": ..., "content": ...} with at least one answer of the role '
+            '"assistant"',
         )
+    if messages[0]["role"] == "assistant":
+        raise BadRow(
+            f"data.messages: {shown} begins with an answer",
+            "give what it answers, or remove the row",
+        )
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and not BROKEN.search(value)
 
 
 def packed(lengths: list[int], size: int) -> list[list[int]]:

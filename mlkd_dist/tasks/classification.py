@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, Batch, pad
+from mlkd_dist.tasks import IGNORE, BadRow, Batch, pad, tokens
 from mlkd_dist.trace import Trace
 
 
@@ -20,37 +20,36 @@ class Task:
         self.texts = [data.text] + ([data.text_pair] if data.text_pair else [])
         self.label = data.label
         self.columns = [*self.texts, self.label]
+        self.classes = settings.labels
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": "classification", "columns": self.columns}
+        return {"kind": "classification", "columns": self.columns, "classes": self.classes}
+
+    def check(self, row: dict[str, Any]) -> None:
+        label = row[self.label]
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise BadRow(
+                f"column {self.label!r}: {label!r} is not a class number; labels are 0, 1, 2, ...",
+                "correct the data, or set data.label to another column",
+            )
+        if label < -1:
+            raise BadRow(
+                f"label {label} is below 0 and not -1, which marks an unknown one",
+                f"correct the column {self.label!r}",
+            )
+        if self.classes is not None and label >= self.classes:
+            raise BadRow(
+                f"label {label} is outside the model's {self.classes} classes (0 to "
+                f"{self.classes - 1})",
+                f"correct the column {self.label!r}, use a model with more classes (task.labels)",
+            )
 
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list]:
-        strange = [v for v in rows[self.label] if isinstance(v, bool) or not isinstance(v, int)]
-        if strange:
-            # One fraction makes numbers with a point of all of them; it is the one to be named.
-            wrong = next((v for v in strange if isinstance(v, float) and v % 1), strange[0])
-            raise ValueError(
-                f"column {self.label!r}: {wrong!r} is not a class number; labels are 0, 1, 2, ... "
-                f"Correct the data, or set data.label to another column."
-            )
-        encoded = dict(
-            tokenizer(*(rows[name] for name in self.texts), truncation=True, max_length=max_length)
-        )
+        texts = [rows[name] for name in self.texts]
+        encoded = tokens(texts, tokenizer, truncation=True, max_length=max_length)
         return encoded | {"labels": rows[self.label]}
-
-    def check_labels(self, labels: list[int], classes: int) -> None:
-        """ValueError for a label that the model's head has no class for; -1 marks an unknown one,
-        as in GLUE."""
-        for row, label in enumerate(labels, start=1):
-            if not -1 <= label < classes:
-                raise ValueError(
-                    f"row {row}: label {label} is outside the model's {classes} classes (0 to "
-                    f"{classes - 1}); "
-                    f"correct the column {self.label!r}, or use a model with more classes "
-                    f"(task.labels)."
-                )
 
     def collate(
         self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase

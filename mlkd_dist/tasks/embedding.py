@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import Batch, pad
+from mlkd_dist.tasks import Batch, pad, tokens
 from mlkd_dist.trace import Trace
 
 
@@ -25,10 +25,13 @@ class Task:
     def settings(self) -> dict[str, Any]:
         return {"kind": "embedding", "columns": self.columns}
 
+    def check(self, row: dict[str, Any]) -> None:
+        pass
+
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list]:
-        return dict(tokenizer(rows[self.columns[0]], truncation=True, max_length=max_length))
+        return tokens([rows[self.columns[0]]], tokenizer, truncation=True, max_length=max_length)
 
     def collate(
         self, rows: list[dict[str, Any]], keep: list[bool], tokenizer: PreTrainedTokenizerBase

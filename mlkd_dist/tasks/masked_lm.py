@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, Batch, pad
+from mlkd_dist.tasks import IGNORE, Batch, pad, tokens
 from mlkd_dist.tasks._vocabulary import accuracy, perplexity, same_token, token_outputs
 from mlkd_dist.trace import Trace
 
@@ -24,6 +24,9 @@ class Task:
     def settings(self) -> dict[str, Any]:
         return {"kind": "masked_lm", "columns": self.columns}
 
+    def check(self, row: dict[str, Any]) -> None:
+        pass
+
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list]:
@@ -32,13 +35,12 @@ class Task:
                 f"{type(tokenizer).__name__} has no mask token; masked_lm needs a model trained "
                 f"with one."
             )
-        return dict(
-            tokenizer(
-                rows[self.columns[0]],
-                truncation=True,
-                max_length=max_length,
-                return_special_tokens_mask=True,
-            )
+        return tokens(
+            [rows[self.columns[0]]],
+            tokenizer,
+            truncation=True,
+            max_length=max_length,
+            return_special_tokens_mask=True,
         )
 
     def collate(

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, Batch, pad
+from mlkd_dist.tasks import IGNORE, BadRow, Batch, pad
 from mlkd_dist.trace import Trace
 
+# Characters of a passage: each of its windows is kept with all of it.
+LONGEST_PASSAGE = 200_000
 # Tokens of the longest answer that is looked for.
 LONGEST = 30
 # Of a token that is no part of the passage, in place of its characters.
@@ -38,16 +40,19 @@ class Task:
     model_class = AutoModelForQuestionAnswering
     reads = frozenset({"logits"})
     vocabulary = False
-    # The label is {"text": [...], "answer_start": [...]}.
-    structured_label = True
+    label_keys = ("text", "answer_start")
 
     def __init__(self, settings: Any, data: Any):
         self.question, self.passage, self.label = data.text, data.text_pair, data.label
         self.columns = [self.question, self.passage, self.label]
         self.stride = settings.stride
+        self.longest = {self.passage: LONGEST_PASSAGE}
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "question_answering", "columns": self.columns, "stride": self.stride}
+
+    def check(self, row: dict[str, Any]) -> None:
+        self.answers(row[self.label], row[self.passage])
 
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -91,18 +96,16 @@ class Task:
 
     def answers(self, given: Any, passage: str) -> list[tuple[str, int]]:
         """(text, first character) of each; none where the passage does not hold the answer."""
-        try:
-            found = list(zip(given["text"], given["answer_start"], strict=True))
-        except (KeyError, TypeError, ValueError):
-            found = [("", None)]
-        for text, start in found:
-            if type(start) is not int or not text or passage[start : start + len(text)] != text:
-                raise ValueError(
-                    f"column {self.label!r}: {str(given)[:80]!r} is not an answer; give "
-                    f'{{"text": [...], "answer_start": [...]}}, pieces of the passage with the '
-                    f"number of their first character, or empty lists where there is none."
-                )
-        return found
+        lists = given["text"], given["answer_start"]
+        if all(isinstance(each, list) for each in lists) and len(lists[0]) == len(lists[1]):
+            found = list(zip(*lists, strict=True))
+            if all(is_piece(text, start, passage) for text, start in found):
+                return found
+        raise BadRow(
+            f"column {self.label!r}: {str(given)[:80]!r} is not an answer",
+            'give {"text": [...], "answer_start": [...]}, pieces of the passage with the number of '
+            "their first character, or empty lists where there is none",
+        )
 
     def check_room(
         self, questions: list[str], tokenizer: Any, max_length: int, stride: int
@@ -112,10 +115,10 @@ class Task:
         room = max_length - special - max(lengths)
         if room <= stride:
             longest = questions[lengths.index(max(lengths))]
-            raise ValueError(
+            raise BadRow(
                 f"the question {longest[:60]!r} has {max(lengths)} tokens and leaves {room} of "
-                f"data.max_length {max_length} to the passage, whose windows overlap by {stride}; "
-                f"set data.max_length higher, or task.stride lower."
+                f"data.max_length {max_length} to the passage, whose windows overlap by {stride}",
+                "set data.max_length higher, or task.stride lower",
             )
 
     def collate(
@@ -155,6 +158,11 @@ class Task:
         ours, theirs = answers_of(student), answers_of(teacher)
         same = [ours[key]["span"] == theirs[key]["span"] for key in theirs]
         return {"same_answer": sum(same) / len(same)}
+
+
+def is_piece(text: Any, start: Any, passage: str) -> bool:
+    whole = isinstance(text, str) and text != "" and type(start) is int and start >= 0
+    return whole and passage.startswith(text, start)
 
 
 def token_span(spans: list[list[int]], answers: list[tuple[str, int]]) -> list[int]:

@@ -1,6 +1,5 @@
 """A number for each text or text pair, as in STS-B."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,8 +7,10 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, Batch, pad
+from mlkd_dist.tasks import IGNORE, BadRow, Batch, pad, tokens
 from mlkd_dist.trace import Trace
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Task:
@@ -25,20 +26,21 @@ class Task:
     def settings(self) -> dict[str, Any]:
         return {"kind": "regression", "columns": self.columns}
 
+    def check(self, row: dict[str, Any]) -> None:
+        label = row[self.label]
+        # IGNORE is how a batch says that a label is not known.
+        if not is_number(label) or label == IGNORE:
+            raise BadRow(
+                f"column {self.label!r}: {label!r} is not a number that can be learned; labels are "
+                f"numbers that 32 bits hold, but for {IGNORE}",
+                "correct the data, or set data.label to another column",
+            )
+
     def encode(
         self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list]:
-        # IGNORE is how a batch says that a label is not known.
-        wrong = next((v for v in rows[self.label] if not is_number(v) or v == IGNORE), None)
-        if wrong is not None:
-            raise ValueError(
-                f"column {self.label!r}: {wrong!r} is not a number that can be learned; labels are "
-                f"finite numbers other than {IGNORE}. Correct the data, or set data.label to "
-                f"another column."
-            )
-        encoded = dict(
-            tokenizer(*(rows[name] for name in self.texts), truncation=True, max_length=max_length)
-        )
+        texts = [rows[name] for name in self.texts]
+        encoded = tokens(texts, tokenizer, truncation=True, max_length=max_length)
         return encoded | {"labels": [float(label) for label in rows[self.label]]}
 
     def collate(
@@ -63,7 +65,10 @@ class Task:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """That a float32 does not make infinite, and a float64 does not round where it is whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= (LARGEST if isinstance(value, float) else 2**53)
 
 
 def compared(one: Tensor, other: Tensor) -> dict[str, float]:

@@ -1,0 +1,47 @@
+"""Loads the teacher in the folder named on the command line at ZeRO 3, in the processes that the
+environment describes; prints by how many bytes the memory that is this process's own grew at most.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from mlkd_dist import engine
+from mlkd_dist.config import TeacherConfig
+from mlkd_dist.teacher import Teacher
+from mlkd_dist.trace import Needs
+
+
+def own_bytes() -> int:
+    """Without the pages of files, which the system takes back when it needs them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("RssAnon"))
+    return int(kilobytes) * 1024
+
+
+def watch() -> None:
+    while not loaded.is_set():
+        peak[0] = max(peak[0], own_bytes())
+        time.sleep(0.002)
+
+
+# What is freed is to be seen as free; see also MALLOC_MMAP_THRESHOLD_ in test_teacher_loading.py.
+engine.keep_freed_memory = lambda: None
+world = engine.start()
+settings = TeacherConfig(dtype="fp32", zero_stage=3)
+needs = Needs(model=frozenset({"head"}))
+# What is imported and built on the way to a first model.
+Teacher(sys.argv[1], settings, AutoModelForCausalLM, needs, world).close()
+before = own_bytes()
+peak, loaded = [before], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+teacher = Teacher(sys.argv[2], settings, AutoModelForCausalLM, needs, world)
+loaded.set()
+watcher.join()
+print(f"grew {peak[0] - before} rests {own_bytes() - before}", flush=True)
+teacher.close()
+engine.stop()
