@@ -1,5 +1,5 @@
-"""`mlkd`: distill, supervise, finetune, evaluate, bench, plan, export, study. Outside a launcher it
-starts deepspeed's for more than one process."""
+"""`mlkd`: distill, supervise, finetune, evaluate, bench, plan, export, study, doctor. Outside a
+launcher it starts deepspeed's for more than one process."""
 
 import argparse
 import json
@@ -8,11 +8,11 @@ import sys
 from typing import Any
 
 from mlkd_dist import __version__
-from mlkd_dist.config import Config, UserError, load
+from mlkd_dist.config import UserError, load
 from mlkd_dist.finetune import finetune_config
 from mlkd_dist.launcher import launched
 from mlkd_dist.supervise import supervise
-from mlkd_dist.versions import check_versions
+from mlkd_dist.versions import FLOORS, check_versions, installed
 
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
@@ -41,6 +41,7 @@ def main() -> int:
     add_export(commands)
     add_plan(commands)
     add_study(commands)
+    add_doctor(commands)
     given = parser.parse_args()
     try:
         return OTHERS.get(given.command, run)(given)
@@ -64,7 +65,7 @@ def run(given: argparse.Namespace) -> int:
         return supervise(config, path, given.settings)
     words = ["--command", given.command, path, *given.settings]
     if config.launch.processes > 1 and "RANK" not in os.environ:
-        return launch(config, words)
+        return launch(config.launch.processes, words)
     # Heavy imports only once the config is known to be good.
     from mlkd_dist.distill import main as program
 
@@ -123,16 +124,36 @@ def run_study(given: argparse.Namespace) -> int:
     return study(given.study, given.settings)
 
 
-OTHERS = {"export": run_export, "plan": run_plan, "study": run_study}
+def add_doctor(commands: Any) -> None:
+    text = "what this machine and cluster can do for a run, and what will not work"
+    command = commands.add_parser("doctor", help=text, description=text)
+    command.add_argument(
+        "words",
+        nargs="*",
+        metavar="[CONFIG] key=value",
+        help="a YAML file and settings of it; processes=N, json=FILE to write",
+    )
 
 
-def launch(config: Config, words: list[str]) -> int:
+def run_doctor(given: argparse.Namespace) -> int:
+    from mlkd_dist.doctor import asked, doctor
+
+    what = asked(given.words)
+    here = all(installed(name) is not None for name in FLOORS)
+    if what.processes > 1 and "RANK" not in os.environ and here:
+        return launch(what.processes, ["--command", "doctor", *given.words])
+    return doctor(what)
+
+
+OTHERS = {"export": run_export, "plan": run_plan, "study": run_study, "doctor": run_doctor}
+
+
+def launch(processes: int, words: list[str]) -> int:
     """The program under the deepspeed launcher, on this machine."""
     import torch
 
     from mlkd_dist.engine import free_port
 
-    processes = config.launch.processes
     environment = dict(os.environ)
     if torch.cuda.is_available():
         if processes > torch.cuda.device_count():

@@ -15,6 +15,7 @@ from mlkd_dist import config as configs
 from mlkd_dist.bench import bench
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position
 from mlkd_dist.config import Config, UserError
+from mlkd_dist.doctor import asked, doctor
 from mlkd_dist.engine import World, gather_objects, start, stop
 from mlkd_dist.evaluate import Evaluator, report
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
@@ -31,13 +32,17 @@ from mlkd_dist.watch import Desynchronised, Diverged, Stopped, Watch
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mlkd_dist.distill", description=__doc__.splitlines()[0])
-    parser.add_argument("config")
+    parser.add_argument("config", nargs="?")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    parser.add_argument("--command", choices=COMMANDS, default="distill", help="what to do")
+    parser.add_argument(
+        "--command", choices=[*COMMANDS, "doctor"], default="distill", help="what to do"
+    )
     parser.add_argument(
         "--local_rank", help="given by the deepspeed launcher; the environment says it too"
     )
     given = parser.parse_args(arguments)
+    if given.config is None and given.command != "doctor":
+        parser.error("the following arguments are required: config")
     SIGNALLED.install()
     code = program(given)
     tell("code", code)
@@ -46,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def program(given: argparse.Namespace) -> int:
     try:
+        if given.command == "doctor":
+            return doctor(asked([given.config, *given.settings] if given.config else []))
         check_versions()
         config = configs.load(given.config, given.settings)
         world = start()

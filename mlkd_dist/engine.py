@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -45,8 +46,9 @@ class World:
         return self.rank == 0
 
 
-def start() -> World:
-    """Join the processes that a launcher started, or be the only one."""
+def start(patience: float = PATIENCE) -> World:
+    """Join the processes that a launcher started, or be the only one; they wait for one another for
+    so many seconds."""
     if "RANK" not in os.environ:
         alone = {
             "RANK": 0,
@@ -69,11 +71,12 @@ def start() -> World:
         torch.cuda.set_device(local_rank)
     else:
         keep_freed_memory()
+        name_interface()
     deepspeed.init_distributed(
         "nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timedelta(seconds=PATIENCE),
+        timeout=timedelta(seconds=patience),
     )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
@@ -87,6 +90,34 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def name_interface() -> None:
+    """Tell gloo which network card leads to the first process. By itself it takes that of this
+    machine's own name, which is often 127.0.1.1 and then reaches no other machine."""
+    if os.environ["LOCAL_SIZE"] == os.environ["WORLD_SIZE"]:
+        return
+    first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        family, kind, *_, address = socket.getaddrinfo(*first, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            # Of a datagram socket this sends nothing.
+            probe.connect(address)
+            own = probe.getsockname()[0]
+    except OSError:
+        # Joining them then says more about it.
+        return
+    cards = {
+        name: [a.address for a in found if a.family == family]
+        for name, found in psutil.net_if_addrs().items()
+    }
+    outward = [
+        n for n, found in cards.items() if found and not found[0].startswith(("127.", "::1"))
+    ]
+    leading = [name for name in outward if own in cards[name]]
+    # Of the first machine's own name nothing is learned, where it is one of 127.0.0.0/8.
+    if len(leading or outward) == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", (leading or outward)[0])
 
 
 def free_port() -> int:

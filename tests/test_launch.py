@@ -15,6 +15,7 @@ from conftest import ROOT
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+REMOTE = sorted((LAUNCH / "remote").glob("*.sh"))
 WORDS = ["configs/quickstart.yaml", "optim.lr=1e-4"]
 # What a test run inherits and the scripts would read.
 FOREIGN = ("SLURM", "PET_", "OMPI", "MASTER", "NCCL", "PROCESSES", "RANK", "WORLD", "OMP", "MLKD")
@@ -25,14 +26,14 @@ def environment(**more: object) -> dict[str, str]:
     return kept | {key: str(value) for key, value in more.items()}
 
 
-def run(script: str, *words: str, **more: object) -> subprocess.CompletedProcess:
+def run(script: str, *words: str, cwd: Path = ROOT, **more: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(LAUNCH / script), *words],
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=60,
-        cwd=ROOT,
+        timeout=300,
+        cwd=cwd,
     )
 
 
@@ -58,7 +59,7 @@ def wait_for(path: Path) -> None:
     raise AssertionError(f"{path} never came")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, *REMOTE], ids=lambda path: path.name)
 def test_scripts_are_clean(script: Path) -> None:
     checker = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     if not Path(checker).exists():
@@ -66,7 +67,7 @@ def test_scripts_are_clean(script: Path) -> None:
     words = [checker, "-x", "-P", str(LAUNCH), str(script)]
     found = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stdout
-    assert os.access(script, os.X_OK) == (script.name != "env.sh")
+    assert os.access(script, os.X_OK) == (script in SCRIPTS and script.name != "env.sh")
 
 
 def shell_word(path: Path) -> str:
@@ -144,27 +145,146 @@ def test_a_wrong_hostfile_is_refused(tmp_path: Path, content: str | None, messag
     assert found.returncode == 2 and message in found.stderr and not found.stdout
 
 
+# What a shell, pdsh or DeepSpeed could take for its own.
+ODD = """it's 50% of $HOME, "a" `b` \\ {c,d} *.py"""
+
+
+def hosts_of(folder: Path, program: str, ssh: str) -> dict[str, object]:
+    """What hostfile.sh needs, with stand-ins; DeepSpeed carries no folder with a space."""
+    (folder / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    stand_in(folder, "ssh", ssh)
+    stand_in(folder, "pdsh", "")
+    path = f"{folder}:{os.environ['PATH']}"
+    given = {"HOSTFILE": folder / "hosts", "PYTHON": stand_in(folder, "program", program)}
+    return given | {"PATH": path, "HOME": folder}
+
+
 def test_hosts_get_the_environment(tmp_path: Path) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("node1 slots=2\nnode2 slots=2\n")
     copy = f'cp "$DS_ENV_FILE" "{tmp_path}/carried"; exit 75'
-    program = stand_in(tmp_path, "program", copy)
-    stand_in(tmp_path, "ssh", 'echo "$@" | grep -q node; exit ${SSH_CODE:-0}')
-    stand_in(tmp_path, "pdsh", "")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    given = {"HOSTFILE": hosts, "PYTHON": program, "PATH": path, "SSH_PORT": 2222}
-    found = run("hostfile.sh", *WORDS, **given, MLKD_NIC="eth7", DS_ACCELERATOR="cpu")
+    given = hosts_of(tmp_path, copy, "exit 0") | {"SSH_PORT": 2222, "MLKD_CACHE": ODD}
+    given |= {"MLKD_NIC": "eth7", "DS_ACCELERATOR": "cpu", "HF_TOKEN": "secret", "cwd": tmp_path}
+    (tmp_path / ".deepspeed_env").write_text("THEIRS=1\n\n")
+    found = run("hostfile.sh", *WORDS, **given)
     assert found.returncode == 75, found.stderr
     words, env = said(tmp_path, "program")
     assert "--ssh_port 2222" in words and words.endswith(" ".join(WORDS))
     carried = (tmp_path / "carried").read_text().splitlines()
     # A line that DeepSpeed cannot split stops it.
     assert all("=" in line for line in carried)
-    assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=WARN", "DS_ACCELERATOR=cpu"} <= {*carried}
+    expected = {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=WARN", "DS_ACCELERATOR=cpu", "THEIRS=1"}
+    assert expected <= {*carried}
+    assert "secret" not in str(carried) and "HF_TOKEN stays here" in found.stderr
     assert not Path(env["DS_ENV_FILE"]).exists()
     assert "-p 2222" in said(tmp_path, "ssh")[0]
-    refused = run("hostfile.sh", *WORDS, **given, SSH_CODE=255)
-    assert refused.returncode == 2 and "ssh to node1 does not work" in refused.stderr
+    (cache,) = [line for line in carried if line.startswith("MLKD_CACHE=")]
+    assert at_the_host(env_words=[cache]) == [ODD]
+
+
+def at_the_host(words: list[str] = (), env_words: list[str] = ()) -> list[str]:
+    """What DeepSpeed's own code, pdsh and a shell make of it."""
+    from types import SimpleNamespace
+
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    runner = PDSHRunner(SimpleNamespace(user_args=list(words), user_script=""), "")
+    for word in env_words:
+        runner.add_export(*word.split("=", maxsplit=1))
+    line = " ".join(runner.user_arguments).replace("%%", "%")
+    line = " ".join([line, *(v.replace("%%", "%") for v in runner.exports.values())])
+    shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True)
+    return shown.stdout.splitlines()
+
+
+def test_words_arrive_as_they_were_given(tmp_path: Path) -> None:
+    odd = [ODD, ODD.replace(" ", ""), "stages[0].steps=3", "data={train: x}", "data={a:1,b:2}"]
+    program = f'printf "%s\\0" "$@" >"{tmp_path}/words"'
+    given = hosts_of(tmp_path, program, "exit 0")
+    assert run("hostfile.sh", "mine.yaml", *odd, cwd=tmp_path, **given).returncode == 0
+    given_to_deepspeed = (tmp_path / "words").read_text().split("\0")
+    words = given_to_deepspeed[given_to_deepspeed.index("mine.yaml") + 1 : -1]
+    assert at_the_host(words) == odd
+
+
+# ssh to node2 alone; the first machine's name is told to all.
+SECOND = 'case "$*" in *"sh -s node2"*) {} ;; esac'
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ("echo No route >&2; exit 255", "ssh to node2 does not work without a password: No route"),
+        ("echo has no package torch; exit 1", "node2 has no package torch"),
+    ],
+)
+def test_a_host_that_lacks_something_is_named(tmp_path: Path, answer: str, message: str) -> None:
+    given = hosts_of(tmp_path, "exit 0", SECOND.format(answer))
+    found = run("hostfile.sh", *WORDS, cwd=tmp_path, **given)
+    (line,) = found.stderr.splitlines()
+    assert found.returncode == 2 and message in line
+    assert not (tmp_path / "program.said").exists()
+
+
+def test_a_folder_that_deepspeed_cannot_carry_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a folder").mkdir()
+    given = hosts_of(tmp_path, "exit 0", "exit 0")
+    found = run("hostfile.sh", *WORDS, cwd=tmp_path / "a folder", **given)
+    assert found.returncode == 2 and "cannot carry the path" in found.stderr
+
+
+# Runs what is said to node1 here, where its processes are.
+HERE = 'case "$*" in *"sh -s node1"*) exec sh -c "${@: -1}" ;; esac; cat >/dev/null'
+# Deepspeed's launcher, and the process that trains below it.
+TRAINS = """
+export $(grep MLKD_JOB= "$DS_ENV_FILE")
+LOCAL_RANK=0 bash -c '{rank}' &
+touch "{folder}/up"
+{end}
+"""
+
+
+def test_a_signal_reaches_the_ranks_on_all_machines(tmp_path: Path) -> None:
+    """DeepSpeed would end whatever is named like it there."""
+    rank = f'trap "exit 75" USR1; touch "{tmp_path}/trains"; while :; do sleep 0.2; done'
+    # As pdsh says it.
+    end = 'wait $!; code=$?; echo "pdsh@here: node1: ssh exited with exit code $code" >&2; exit 75'
+    given = hosts_of(tmp_path, TRAINS.format(rank=rank, folder=tmp_path, end=end), HERE)
+    given["PYTHON"] = checked(given["PYTHON"])
+    script = subprocess.Popen(
+        [str(LAUNCH / "hostfile.sh"), *WORDS],
+        env=environment(**given),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "trains")
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(300) == 75
+    assert "pdsh@" not in script.stderr.read()
+
+
+def checked(program: Path) -> Path:
+    """The stand-in, which check.sh starts too, then finds nothing wrong."""
+    lines = program.read_text().split("\n", 1)
+    program.write_text("\n".join([lines[0], '[ "$1" = -c ] && exit 0', lines[1]]))
+    return program
+
+
+def test_one_machine_that_fails_ends_the_others(tmp_path: Path) -> None:
+    """pdsh would wait for the rank that is left."""
+    rank = 'trap "" TERM USR1; echo $$ >"$HOME/left"; while :; do sleep 0.2; done'
+    end = f'while [ ! -s "{tmp_path}/left" ]; do sleep 0.1; done\n'
+    end += 'echo "pdsh@here: node2: ssh exited with exit code 9" >&2; wait'
+    given = hosts_of(tmp_path, TRAINS.format(rank=rank, folder=tmp_path, end=end), HERE)
+    given["PYTHON"] = checked(given["PYTHON"])
+    found = run("hostfile.sh", *WORDS, cwd=tmp_path, GRACE=1, **given)
+    assert found.returncode == 9, found.stderr
+    assert "node2 ended with 9 and the others did not" in found.stderr
+    left = Path(f"/proc/{(tmp_path / 'left').read_text().strip()}/stat")
+    for _ in range(100):
+        if not left.exists() or left.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("a rank is left")
 
 
 def test_a_node_starts_its_ranks(tmp_path: Path) -> None:
