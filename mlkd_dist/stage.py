@@ -33,6 +33,7 @@ from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.run import Run, class_count
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
+from mlkd_dist.stored import StoredTeacher
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
@@ -53,7 +54,7 @@ class Opened:
     steps: int
     sampler: Sampler
     objective: Objective
-    teacher: Teacher | None
+    teacher: Teacher | StoredTeacher | None
     student: Student
     engine: Engine
     metrics: Metrics
@@ -150,7 +151,9 @@ def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
 
 def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
     def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
-        return run.task.collate(rows, keep, run.tokenizer)
+        batch = run.task.collate(rows, keep, run.tokenizer)
+        stored = isinstance(opened.teacher, StoredTeacher)
+        return opened.teacher.attach(batch) if stored else batch
 
     workers, pin = run.config.data.workers, run.world.device.type == "cuda"
     return batches(run.train, opened.sampler, first, opened.steps, collate, workers, pin)
@@ -303,10 +306,12 @@ def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objectiv
     )
 
 
-def stage_teacher(run: Run, objective: Objective) -> Teacher | None:
+def stage_teacher(run: Run, objective: Objective) -> Teacher | StoredTeacher | None:
     if not objective.reads_teacher:
         return None
     settings = run.config.teacher
+    if settings.cache is not None:
+        return StoredTeacher(settings.cache.dir)
     return Teacher(
         settings.path,
         settings,
