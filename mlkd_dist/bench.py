@@ -195,6 +195,10 @@ def peak_of(work: Callable[[], None], device: torch.device) -> float:
 
 def bench(config: Config, world: World) -> None:
     """Every stage, measured in a folder of its own beside the run's, which is not touched."""
+    if config.teacher.cache is not None:
+        raise UserError(
+            "teacher.cache: `mlkd bench` times steps with their teacher; add teacher.cache=null."
+        )
     out = Path(config.bench.out or f"{config.run.dir.rstrip('/')}-bench.json")
     if out.is_dir() or not (out.parent.is_dir() or config.bench.out is None):
         raise UserError(f"bench.out: {str(out)!r} cannot be written; name a file in a folder.")

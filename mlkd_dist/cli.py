@@ -1,5 +1,5 @@
-"""`mlkd`: distill, supervise, finetune, evaluate, bench, plan, export, study, doctor. Outside a
-launcher it starts deepspeed's for more than one process."""
+"""`mlkd`: distill, supervise, finetune, cache, evaluate, bench, plan, export, study, doctor. Where
+no launcher has started it, it starts deepspeed's for more than one process."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ HELP = {
     "distill": "distil a student from a teacher, stage by stage",
     "supervise": "distill, started again after whatever ends it, while there is progress",
     "finetune": "train the teacher of a config on the task's labels",
+    "cache": "run the teacher once over the training rows, for teacher.cache",
     "bench": "time the step of each stage beside its floor, and each loss; see bench.rounds",
     "evaluate": "report on a run that is done; CONFIG may be its folder",
 }

@@ -90,15 +90,15 @@ def manifest_text(manifest: dict[str, Any]) -> str:
     return f"{line}\n{xxhash.xxh3_128_hexdigest(line.encode())}\n"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """Raises Rejected."""
     try:
-        text = (folder / MANIFEST).read_bytes()
+        text = (folder / name).read_bytes()
     except OSError as error:
-        raise Rejected(f"{MANIFEST} cannot be read ({error.strerror})") from error
+        raise Rejected(f"{name} cannot be read ({error.strerror})") from error
     line, _, rest = text.partition(b"\n")
     if rest != xxhash.xxh3_128_hexdigest(line).encode() + b"\n":
-        raise Rejected(f"{MANIFEST} is damaged")
+        raise Rejected(f"{name} is damaged")
     manifest = json.loads(line)
     if manifest["format"] != FORMAT:
         raise Rejected(f"it has format {manifest['format']}, and this version reads {FORMAT}")

@@ -77,11 +77,24 @@ class FinetuneConfig:
 
 
 @dataclass
+class CacheConfig:
+    dir: str = "???"
+    """Folder of what the teacher said of the training rows: `mlkd cache` writes it, and training
+    reads it in the teacher's place."""
+    top_k: int | None = None
+    """masked_lm and causal_lm: how many of a token's largest logits are kept, default 64; the
+    others are one bucket."""
+
+
+@dataclass
 class TeacherConfig:
     path: str | None = None
     """Hugging Face folder, `package:NAME/sub/path`, or hub name."""
     finetune: FinetuneConfig | None = None
     """Fine-tune `path` on the task's labels first and distil from the result."""
+    cache: CacheConfig | None = None
+    """Train from what `mlkd cache` wrote of the teacher, which is then not in memory; for the
+    loss soft_labels alone."""
     dtype: str = "bf16"
     """Type of the weights: fp32 or bf16."""
     zero_stage: int = 3

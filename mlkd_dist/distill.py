@@ -13,6 +13,8 @@ from typing import Any
 
 from mlkd_dist import config as configs
 from mlkd_dist.bench import bench
+from mlkd_dist.cache import write_cache
+from mlkd_dist.cache_plan import check_cache, require
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.doctor import asked, doctor
@@ -20,9 +22,18 @@ from mlkd_dist.engine import World, gather_objects, start, stop
 from mlkd_dist.evaluate import Evaluator, report
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.model import quiet
-from mlkd_dist.preflight import check_start, prepared
+from mlkd_dist.preflight import check_machine, check_start, prepared
 from mlkd_dist.resume import open_run
-from mlkd_dist.run import FINISHED, Run, alone, headless_student, list_bad_rows, on_first, source
+from mlkd_dist.run import (
+    FINISHED,
+    Run,
+    alone,
+    headless_student,
+    list_bad_rows,
+    on_first,
+    source,
+    user_errors,
+)
 from mlkd_dist.signals import REQUEUE, SIGNALLED, leave, say, tell
 from mlkd_dist.stage import run_stage, stopped
 from mlkd_dist.versions import check_versions, refuse_different, versions
@@ -102,6 +113,8 @@ def distill(config: Config, world: World) -> None:
     if found == FINISHED:
         say(f"{config.run.dir!r} is finished; run.overwrite=true makes it anew.")
         return
+    if config.teacher.cache is not None:
+        on_first(world, user_errors(lambda: require(config)))
     if config.teacher.finetune is not None:
         finetune_teacher(config, world)
         config = with_finetuned_teacher(config)
@@ -112,6 +125,8 @@ def whole_run(config: Config, world: World, found: str, compare: bool) -> None:
     """From what is `found` in its folder to the report; with `compare` of the student
     before, too."""
     run = prepared(config, world, source(config))
+    if config.teacher.cache is not None:
+        check_cache(run)
     with alone(run.folder, world):
         student_path, checkpoints, at = open_run(run, found)
         list_bad_rows(run)
@@ -150,6 +165,19 @@ def finetune_teacher(config: Config, world: World) -> None:
     whole_run(own, world, check_start(own, world), compare=False)
 
 
+def cache(config: Config, world: World) -> None:
+    """What the teacher says of the training rows, written for `teacher.cache`."""
+    if config.teacher.cache is None:
+        raise UserError(
+            "teacher.cache: `mlkd cache` writes to the folder it names; give teacher.cache.dir."
+        )
+    on_first(world, user_errors(lambda: check_machine(config)))
+    if config.teacher.finetune is not None:
+        finetune_teacher(config, world)
+        config = with_finetuned_teacher(config)
+    write_cache(prepared(config, world, source(config)))
+
+
 def evaluate(config: Config, world: World) -> None:
     """The report of a run that is done, once more."""
     config = with_finetuned_teacher(config)
@@ -166,6 +194,7 @@ COMMANDS = {
     "finetune": finetune_teacher,
     "evaluate": evaluate,
     "bench": bench,
+    "cache": cache,
 }
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist.config import resolve_path
 from mlkd_dist.data import describe_tokenizer
@@ -25,11 +26,15 @@ def fingerprints(run: Run, student_path: str) -> dict[str, str]:
         "student.path": model(student_path, trust),
         "data.train": run.train._fingerprint,
         "data.validation": run.held_out._fingerprint,
-        "tokenizer": short(json.dumps(describe_tokenizer(run.tokenizer), default=str)),
+        "tokenizer": tokenizer(run.tokenizer),
     }
     if run.config.teacher.path is not None:
         found["teacher.path"] = model(run.config.teacher.path, trust)
     return found
+
+
+def tokenizer(found: PreTrainedTokenizerBase) -> str:
+    return short(json.dumps(describe_tokenizer(found), default=str))
 
 
 def model(path: str, trust_remote_code: bool = False) -> str:

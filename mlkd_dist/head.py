@@ -40,6 +40,48 @@ class HeadRows:
         return logits if self.soft_cap is None else self.soft_cap * (logits / self.soft_cap).tanh()
 
 
+@dataclass(frozen=True)
+class TopKRows:
+    """Rows of logits of which the k largest are kept, and of the others one sum."""
+
+    gaps: Tensor  # [N, k] fp16, less the largest of the row
+    ids: Tensor  # [N, k] int32, their places in the vocabulary
+    # [N, temperatures] log sum exp(gap / temperature) over the others; None where there are none
+    rest: Tensor | None
+    temperatures: tuple[float, ...]
+    vocabulary: int  # how many entries the teacher chose from
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TopKRows":
+        names = ("gaps", "ids", "rest")
+        given = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            **{n: x if x is None else x.to(device, None, non_blocking) for n, x in given.items()},
+        )
+
+    def scores(self, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `mlkd_kernels.top_k_divergence` takes them."""
+        scores = self.gaps.float() / temperature
+        if self.rest is None:
+            return scores, self.ids.long(), None
+        return scores, self.ids.long(), self.rest[:, self.temperatures.index(temperature)]
+
+
+def top_k_rows(
+    logits: Tensor,  # [N, V]
+    k: int,
+    temperatures: tuple[float, ...],
+) -> TopKRows:
+    largest, ids = logits.topk(k)
+    top = largest[:, :1]
+    rest = None
+    if k < logits.shape[1]:
+        others = logits.scatter(1, ids, float("-inf")) - top
+        rest = torch.stack([(others / t).logsumexp(-1) for t in temperatures], 1)
+    gaps = (largest - top).clamp_min(torch.finfo(torch.float16).min).half()
+    return TopKRows(gaps, ids.int(), rest, temperatures, logits.shape[1])
+
+
 def ungathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     return nullcontext()
 

@@ -362,8 +362,8 @@ class Objective:
 
         def sums(ours: HeadRows) -> Tensor:
             with ExitStack() as stack:
-                theirs = None
-                if any(term.schema.teacher for term in terms):
+                theirs = None if teacher is None else teacher.top_k
+                if theirs is None and any(term.schema.teacher for term in terms):
                     theirs = stack.enter_context(teacher.head.opened(entering(teacher)))
                 return torch.stack([t.function(ours, theirs, weight, labels) for t in terms])
 

@@ -180,7 +180,8 @@ def models_of(config: Config) -> Models:
     parameters = count(ours) + projections - saved_by_factors(config, ours)
     student_size = replace(size_of(config, student, ours), parameters=parameters)
     student_trace = trace_of(student, ours, [o.needs(0) for o in objectives])
-    reading = [o for o in objectives if o.reads_teacher]
+    # What the teacher said before is read from files, a batch of it at a time.
+    reading = [o for o in objectives if o.reads_teacher and config.teacher.cache is None]
     if not reading:
         return Models(None, student_size, (0, 0), student_trace, 0, 0, reads_head(objectives))
     deepest = deepest_needs(reading)

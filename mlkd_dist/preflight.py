@@ -36,19 +36,24 @@ def check_start(config: Config, world: World) -> str:
 
     def check() -> str:
         found = standing(with_finetuned_teacher(config))
-        try:
-            choose(config.kernels)
-        except ValueError as error:
-            raise UserError(f"kernels: {error}") from error
-        check_attention(config)
-        check_deepspeed(config)
-        if config.teacher.path is not None and config.student.path is not None:
-            paths = config.teacher.path, config.student.path
-            tokenizers = [read_tokenizer(path, config.trust_remote_code) for path in paths]
-            refuse_other_tokenizer(*tokenizers, *paths)
+        check_machine(config)
         return found
 
     return on_first(world, user_errors(check))
+
+
+def check_machine(config: Config) -> None:
+    """That what the config asks for is here, and that both models read the same tokens."""
+    try:
+        choose(config.kernels)
+    except ValueError as error:
+        raise UserError(f"kernels: {error}") from error
+    check_attention(config)
+    check_deepspeed(config)
+    if config.teacher.path is not None and config.student.path is not None:
+        paths = config.teacher.path, config.student.path
+        tokenizers = [read_tokenizer(path, config.trust_remote_code) for path in paths]
+        refuse_other_tokenizer(*tokenizers, *paths)
 
 
 def check_attention(config: Config) -> None:

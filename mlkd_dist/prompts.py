@@ -44,6 +44,11 @@ def check_policy(key: str, stage: StageConfig, config: Config) -> None:
             f"{key}: answers are as long as they turn out, and data.pack fills sequences before "
             f"that; use data.pack=false."
         )
+    if given.fraction > 0 and config.teacher.cache is not None:
+        raise UserError(
+            f"{key}: teacher.cache holds what the teacher says of the data, and of no answer that "
+            f"is still to be given; use teacher.cache=null, or remove on_policy."
+        )
     if given.by == "student" and given.fraction > 0 and "hard_labels" in stage.losses:
         raise UserError(
             f"{key}: hard_labels would take the student's own answers for the truth; remove that "

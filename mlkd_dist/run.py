@@ -153,7 +153,7 @@ def told(changes: list[str]) -> str:
 
 
 @contextmanager
-def alone(folder: Path, world: World) -> Iterator[None]:
+def alone(folder: Path, world: World, key: str = "run.dir") -> Iterator[None]:
     """While open, no other program on this file system writes to the run folder. The system drops
     the lock with the process, however that ends."""
 
@@ -170,7 +170,7 @@ def alone(folder: Path, world: World) -> Iterator[None]:
             held = False
         if not held:
             raise UserError(
-                f"run.dir: another program is at work in {str(folder)!r}; wait for it or end it."
+                f"{key}: another program is at work in {str(folder)!r}; wait for it or end it."
             )
         return file
 

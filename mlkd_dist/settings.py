@@ -27,6 +27,7 @@ FREE = (
     "teacher.offload",
     "teacher.attention",
     "teacher.finetune",
+    "teacher.cache.dir",
     "student.zero_stage",
     "student.offload",
     "student.attention",

@@ -156,7 +156,18 @@ def check_shapes(config: Config, teacher: Shape | None, student: Shape | None) -
             check_stage_on_models(f"stages[{index}]", stage, teacher, student)
             if config.task.kind in ("masked_lm", "causal_lm"):
                 check_vocabularies(f"stages[{index}]", stage, teacher, student)
+        check_top_k(config, teacher, student)
     return student
+
+
+def check_top_k(config: Config, teacher: Shape, student: Shape) -> None:
+    entries = min(teacher.vocabulary, student.vocabulary)
+    top_k = config.teacher.cache.top_k if config.teacher.cache else None
+    if top_k is not None and top_k > entries > 0:
+        raise UserError(
+            f"teacher.cache.top_k: {top_k} is more than the {entries} entries of the vocabulary; "
+            f"use {entries} or less."
+        )
 
 
 def check_vocabularies(where: str, stage: StageConfig, teacher: Shape, student: Shape) -> None:

@@ -34,6 +34,7 @@ from mlkd_dist.on_policy import Policy, speaks, stage_policy
 from mlkd_dist.run import Run, class_count
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
+from mlkd_dist.stored import StoredTeacher
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
@@ -54,7 +55,7 @@ class Opened:
     steps: int
     sampler: Sampler
     objective: Objective
-    teacher: Teacher | None
+    teacher: Teacher | StoredTeacher | None
     student: Student
     engine: Engine
     metrics: Metrics
@@ -157,6 +158,8 @@ def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
 def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
     def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
         batch = run.task.collate(rows, keep, run.tokenizer)
+        if isinstance(opened.teacher, StoredTeacher):
+            return opened.teacher.attach(batch)
         # A policy looks for the prompts in them.
         return batch if opened.policy is None else replace(batch, rows=rows)
 
@@ -311,11 +314,15 @@ def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objectiv
     )
 
 
-def stage_teacher(run: Run, objective: Objective, whole: bool = False) -> Teacher | None:
+def stage_teacher(
+    run: Run, objective: Objective, whole: bool = False
+) -> Teacher | StoredTeacher | None:
     if not (objective.reads_teacher or whole):
         return None
-    # With `whole` it is loaded to its head, whatever is read of it.
     settings, needs = run.config.teacher, objective.needs(1)
+    if settings.cache is not None:
+        return StoredTeacher(settings.cache.dir)
+    # With `whole` it is loaded to its head, whatever is read of it.
     teacher = Teacher(
         settings.path,
         settings,

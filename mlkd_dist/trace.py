@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlkd_dist.head import Head, head_of, watched_head
+from mlkd_dist.head import Head, TopKRows, head_of, watched_head
 from mlkd_dist.linears import Applied, layer_matrices, matrices, matrix_sizes, part
 from mlkd_dist.roles import NAMES
 
@@ -94,6 +94,7 @@ class Trace:
     logits: Tensor | None = None  # [B, C], [B, L, V], or of spans [B, 2, L], see logits_of
     head: Head | None = None
     head_input: Tensor | None = None  # [B, L, D] what the head makes the logits of
+    top_k: TopKRows | None = None  # [n] in the place of a head, of the tokens that count
     labels: Tensor | None = None  # [B] or [B, L], -100 where ignored
 
     def layer(self, index: int) -> Layer:

@@ -69,6 +69,7 @@ def validate(config: Config) -> None:
     check_generate(config)
     check_on_policy(config)
     check_compare_maps(config)
+    check_cache(config)
     check_models(config)
 
 
@@ -179,6 +180,7 @@ def check_folders(config: Config) -> None:
     }
     written = {
         "data.cache": config.data.cache,
+        "teacher.cache.dir": config.teacher.cache.dir if config.teacher.cache else None,
         "teacher.finetune.dir": finetune.dir if finetune else None,
     }
     for key, path in (read | written).items():
@@ -290,6 +292,46 @@ def check_compare_maps(config: Config) -> None:
         raise UserError(
             "run.compare_maps: attention maps of packed sequences are not compared; use "
             "data.pack=false, or remove it."
+        )
+
+
+def check_cache(config: Config) -> None:
+    """That what is stored of a teacher is all that the losses read of it. Fills in top_k."""
+    cache = config.teacher.cache
+    if cache is None:
+        return
+    if not cache.dir.strip():
+        raise UserError("teacher.cache.dir: it is empty; name the folder of the cache.")
+    cache.dir = os.path.expanduser(cache.dir)
+    read = False
+    for index, stage in enumerate(config.stages):
+        for name in stage.losses:
+            schema = loss_schema(name)
+            if schema.teacher and schema.rows != "label":
+                raise UserError(
+                    f"stages[{index}].losses.{name}: it reads what is inside the teacher, and "
+                    f"teacher.cache holds its logits only, for soft_labels; remove this loss, or "
+                    f"leave the teacher live with teacher.cache=null."
+                )
+            read |= schema.teacher
+            if schema.teacher and config.kernels == "triton" and config.task.kind in VOCABULARY:
+                raise UserError(
+                    f"kernels: triton, but stages[{index}].losses.{name} has no Triton kernel for "
+                    f"the logits in teacher.cache; use auto, which takes the fastest there is for "
+                    f"each loss."
+                )
+    if not read:
+        raise UserError(
+            "teacher.cache: no loss reads the teacher's logits; add soft_labels, or remove "
+            "teacher.cache."
+        )
+    if config.task.kind in VOCABULARY:
+        cache.top_k = 64 if cache.top_k is None else cache.top_k
+        at_least("teacher.cache.top_k", cache.top_k, 1)
+    elif cache.top_k is not None:
+        raise UserError(
+            f"teacher.cache.top_k: only for tasks over a vocabulary ({', '.join(VOCABULARY)}), "
+            f"given with {config.task.kind}, of which all logits are kept; remove it."
         )
 
 

@@ -171,6 +171,17 @@ def run_config(
     return base
 
 
+def stored_config(
+    folder: Path, teacher: Path, data: dict, task: str, top_k: int | None = None, **changes: Any
+) -> dict:
+    """Three steps that read no more of the teacher than its logits, from a cache."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = run_config(folder, teacher, data, task, **changes)
+    found["stages"] = [{"name": "one", "steps": 3, "losses": LOGIT_LOSSES}]
+    found["teacher"]["cache"] = {"dir": str(folder / "stored"), "top_k": top_k}
+    return found
+
+
 def launch(configs: list[dict], folder: Path, world: int = 1) -> None:
     """Run the configs one after the other in `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,8 @@ ANSWERS = (
     "data.completion=a stages=[{steps: 1, losses: {soft_labels: {}}}]"
 )
 POLICY = f"{ANSWERS} stages[0].on_policy"
+STORED = "teacher.cache={dir: runs/cache} stages=[{steps: 1, losses: {soft_labels: {}}}]"
+STORED_LM = f"{STORED} task.kind=causal_lm teacher.path={{gpt2}}"
 OF_NOTHING = "stages[0].losses.attention_relation.of="
 RELATION = "stages[0].losses.attention_relation"
 
@@ -290,6 +292,25 @@ REFUSED: dict[str, list[str]] = {
     "student={path: {small}} " + RELATION + ".splits=8": ["splits: 8", "36", "48", "divisor of 12"],
     "student={path: {small}} " + RELATION + ".splits=": [],
     "teacher.path={grouped} student={path: {bert}} " + RELATION + ".of=[key]": [],
+    STORED: [],
+    f"{STORED_LM} teacher.cache.top_k=50257": [],
+    "teacher.cache={dir: runs/cache}": [
+        "stages[0].losses.attention_relation: it reads what is inside the teacher",
+        "for soft_labels",
+        "teacher.cache=null",
+    ],
+    "teacher.cache={dir: runs/cache} stages=[{steps: 1, losses: {hard_labels: {}}}]": [
+        "teacher.cache: no loss reads",
+        "add soft_labels",
+    ],
+    "teacher.cache={top_k: 3}": ["teacher.cache.dir"],
+    f"{STORED} teacher.cache.dir=": ["teacher.cache.dir"],
+    f"{STORED} teacher.cache.dir={{runs/run}}/cache": ["teacher.cache.dir", "lies in run.dir"],
+    f"{STORED} teacher.cache.topk=3": ["teacher.cache.topk: no such key", "'teacher.cache.top_k'"],
+    f"{STORED} teacher.cache.top_k=3": ["top_k: only for tasks over a vocabulary", "remove it"],
+    f"{STORED_LM} teacher.cache.top_k=0": ["teacher.cache.top_k: 0", "1 or more"],
+    f"{STORED_LM} teacher.cache.top_k=50258": ["top_k: 50258 is more than the 50257 entries"],
+    f"{STORED_LM} kernels=triton": ["kernels: triton", "losses.soft_labels", "use auto"],
     "teacher.finetune={steps: 3, epochs: 3}": ["teacher.finetune: give either steps or epochs"],
     "teacher.finetune={}": ["teacher.finetune: give either steps or epochs, neither"],
     "teacher.finetune={steps: 3, dir: {runs/run}}": ["teacher.finetune.dir", "run.dir"],
@@ -344,6 +365,7 @@ REFUSED: dict[str, list[str]] = {
         "data.prompt and data.completion",
     ],
     f"{POLICY}={{}}": [],
+    f"{POLICY}={{}} teacher.cache={{dir: runs/cache}}": ["on_policy", "teacher.cache=null"],
     f"{POLICY}={{fraction: 0}} stages[0].losses.hard_labels={{}}": [],
     f"{POLICY}={{by: teacher, temperature: 0}} stages[0].losses.hard_labels={{}}": [],
     f"{POLICY}={{}} stages[0].losses.hard_labels={{}}": [

@@ -9,6 +9,7 @@ from mlkd_kernels.contrastive import info_nce
 from mlkd_kernels.linear_divergence import linear_divergence
 from mlkd_kernels.relation import relation_kl
 from mlkd_kernels.similarity import similarity_kl, similarity_mse
+from mlkd_kernels.top_k import top_k_divergence
 
 __all__ = [
     "attention_kl",
@@ -20,4 +21,5 @@ __all__ = [
     "relation_kl",
     "similarity_kl",
     "similarity_mse",
+    "top_k_divergence",
 ]

@@ -65,11 +65,11 @@ def linear_divergence(
     """
     check_positive("temperature", temperature)
     _check_kind(kind, beta, labels)
-    _check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
+    check_rows(len(student_hidden), row_weight=row_weight, labels=labels, teacher=teacher_hidden)
     if kind != "cross_entropy":
         student_weight, teacher_weight = _same_vocabulary(student_weight, teacher_weight, truncate)
-    _check_head("student", student_logit_scale, student_soft_cap)
-    _check_head("teacher", teacher_logit_scale, teacher_soft_cap)
+    check_head("student", student_logit_scale, student_soft_cap)
+    check_head("teacher", teacher_logit_scale, teacher_soft_cap)
     given = student_hidden, student_weight, teacher_hidden, teacher_weight
     lacks = type_lacks(*(x.dtype for x in given if x is not None))
     return OPERATION(
@@ -108,12 +108,12 @@ def _eager(
     student_head = Head(student_scale, student_cap, temperature)
     teacher_head = Head(teacher_scale, teacher_cap, temperature)
     keep = keep_or_all(keep, student_hidden, 1)
-    student = _logits(drop_masked(student_hidden, keep), student_weight, student_head)
+    student = logits_of(drop_masked(student_hidden, keep), student_weight, student_head)
     if kind == "cross_entropy":
         rows = F.cross_entropy(student, labels, ignore_index=-100, reduction="none")
     else:
         hidden = drop_masked(teacher_hidden.detach(), keep)
-        teacher = _logits(hidden, teacher_weight.detach(), teacher_head)
+        teacher = logits_of(hidden, teacher_weight.detach(), teacher_head)
         rows = divergence(kind, teacher, student, beta)
     weight = torch.ones_like(rows) if row_weight is None else row_weight
     return (rows * weight.to(rows.dtype)).sum()
@@ -138,14 +138,14 @@ OPERATION = Operation(
 )
 
 
-def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V, D] -> [N, V]
+def logits_of(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:  # [N, D], [V, D] -> [N, V]
     if head.soft_cap is None:
         return gram(hidden, weight, head.scale / head.temperature)
     logits = gram(hidden, weight, head.scale)
     return (logits / head.soft_cap).tanh() * (head.soft_cap / head.temperature)
 
 
-def _check_head(name: str, scale: float, soft_cap: float | None) -> None:
+def check_head(name: str, scale: float, soft_cap: float | None) -> None:
     check_positive(f"{name}_logit_scale", scale)
     if soft_cap is not None:
         check_positive(f"{name}_soft_cap", soft_cap)
@@ -187,11 +187,7 @@ def _log_mixture(log_first: Tensor, log_second: Tensor, beta: float) -> Tensor:
 def _check_kind(kind: str, beta: float, labels: Tensor | None) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; it must be one of {', '.join(KINDS)}.")
-    if kind in MIXTURES and not 0 < beta < 1:
-        raise ValueError(
-            f"beta={beta} with kind={kind!r}; it must lie between 0 and 1, both excluded. For the "
-            "plain divergences use kind='forward_kl' or 'reverse_kl'."
-        )
+    check_beta(kind, beta)
     if (kind == "cross_entropy") != (labels is not None):
         raise ValueError(
             f"kind={kind!r} with labels {'missing' if labels is None else 'given'}; labels belong "
@@ -200,7 +196,15 @@ def _check_kind(kind: str, beta: float, labels: Tensor | None) -> None:
         )
 
 
-def _check_rows(rows: int, **given: Tensor | None) -> None:
+def check_beta(kind: str, beta: float) -> None:
+    if kind in MIXTURES and not 0 < beta < 1:
+        raise ValueError(
+            f"beta={beta} with kind={kind!r}; it must lie between 0 and 1, both excluded. For the "
+            "plain divergences use kind='forward_kl' or 'reverse_kl'."
+        )
+
+
+def check_rows(rows: int, **given: Tensor | None) -> None:
     for name, value in given.items():
         if value is not None and len(value) != rows:
             raise ValueError(

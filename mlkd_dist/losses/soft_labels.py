@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mlkd_dist.head import HeadRows
+from mlkd_dist.head import HeadRows, TopKRows
 from mlkd_dist.trace import Trace
-from mlkd_kernels import linear_divergence
+from mlkd_kernels import linear_divergence, top_k_divergence
 from mlkd_kernels.linear_divergence import MIXTURES, divergence
 from mlkd_kernels.rows import drop_masked, widen
 
@@ -73,7 +73,7 @@ def soft_labels(
 
 def over_vocabulary(
     student: HeadRows,
-    teacher: HeadRows,
+    teacher: HeadRows | TopKRows,
     row_weight: Tensor,  # [N]
     labels: Tensor | None,
     *,
@@ -84,7 +84,23 @@ def over_vocabulary(
     truncate: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # scalar
-    """The weighted sum of the rows of `soft_labels`; the labels say only which rows count."""
+    """The weighted sum of the rows of `soft_labels`; the labels say only which rows count. Of a
+    teacher's k largest logits, both distributions are over these and one bucket of all others (see
+    `top_k_divergence`)."""
+    options = {"kind": kind, "temperature": temperature, "beta": _beta(kind, beta)}
+    options |= {"row_weight": row_weight, "backend": backend}
+    options |= {"student_soft_cap": student.soft_cap, "student_logit_scale": student.scale}
+    if isinstance(teacher, TopKRows):
+        if truncate:
+            student = student.first(teacher.vocabulary)
+        if len(student.weight) != teacher.vocabulary:
+            raise ValueError(
+                f"the student's vocabulary has {len(student.weight)} entries, and the teacher's "
+                f"largest logits are of {teacher.vocabulary}; they must be the same."
+            )
+        kept = teacher.scores(temperature)
+        total = top_k_divergence(student.hidden, student.weight, *kept, **options)
+        return total * temperature**2 if squared_temperature else total
     if truncate:
         shared = min(len(student.weight), len(teacher.weight))
         student, teacher = student.first(shared), teacher.first(shared)
@@ -93,15 +109,9 @@ def over_vocabulary(
         student.weight,
         teacher.hidden,
         teacher.weight,
-        kind=kind,
-        temperature=temperature,
-        beta=_beta(kind, beta),
-        row_weight=row_weight,
-        student_soft_cap=student.soft_cap,
         teacher_soft_cap=teacher.soft_cap,
-        student_logit_scale=student.scale,
         teacher_logit_scale=teacher.scale,
-        backend=backend,
+        **options,
     )
     return total * temperature**2 if squared_temperature else total
 

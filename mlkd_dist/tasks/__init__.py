@@ -7,6 +7,7 @@ Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
     label_keys                    the keys of a label that holds keys and values; may be left out
     longest                       column -> characters that a text may have; may be left out, as
                                   where texts are cut at max_length
+    redraws                       True: a row is another one in every epoch; may be left out
     model_class                   the transformers Auto class of its models
     reads                         what an evaluation takes from a trace
     vocabulary                    whether its models have a row of logits per token
@@ -35,6 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlkd_dist.head import TopKRows
+
 IGNORE = -100
 # What no tokenizer takes for text: NUL, and halves of surrogate pairs.
 BROKEN = re.compile("[\x00\ud800-\udfff]")
@@ -62,6 +65,8 @@ class Batch:
     # [n] the places of those that count in labels. Found where the batch is made: on a GPU it would
     # be waited for.
     label_rows: Tensor | None = None
+    # What a teacher said of it before: logits as in a trace, or of label_rows the largest.
+    stored: Tensor | TopKRows | None = None
 
     def __post_init__(self) -> None:
         if self.label_rows is None:
@@ -89,13 +94,13 @@ class Batch:
         return weight / lengths.gather(1, document).clamp_min(1)
 
     def to(self, device: torch.device) -> "Batch":
-        def move(tensor: Tensor | None) -> Tensor | None:
+        def move(tensor: Any) -> Any:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
         labels, label_keep = move(self.labels), move(self.label_keep)
-        label_rows = move(self.label_rows)
-        return Batch(inputs, move(self.keep), labels, label_keep, self.rows, label_rows)
+        label_rows, stored = move(self.label_rows), move(self.stored)
+        return Batch(inputs, move(self.keep), labels, label_keep, self.rows, label_rows, stored)
 
 
 def load(kind: str) -> Any:

@@ -16,6 +16,7 @@ class Task:
     model_class = AutoModelForMaskedLM
     reads = frozenset({"head"})
     vocabulary = True
+    redraws = True
 
     def __init__(self, settings: Any, data: Any):
         self.columns = [data.text]

@@ -112,16 +112,33 @@ def linear_divergence(
         rows = _kept(keep, *rows)
     student_hidden, teacher_hidden, row_weight, labels = rows
     matrices = student_hidden, student_weight, teacher_hidden, teacher_weight
-    wide = wide_type(*matrices)
-    weight = None if row_weight is None else row_weight.to(wide)
+    weight = None if row_weight is None else row_weight.to(wide_type(*matrices))
     heads = (
         Head(student_scale, student_cap, temperature),
         Head(teacher_scale, teacher_cap, temperature),
     )
     options = Options(kind, beta, weight, labels, heads[1].cap, heads[0].cap)
+    return in_chunks(*matrices, heads, options, divergences)
+
+
+def in_chunks(
+    student_hidden: Tensor,  # [N, D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None,  # [N, E]
+    teacher_weight: Tensor | None,  # [V, E]
+    heads: tuple[Head, Head | None],
+    options: Any,
+    divergences: Divergences,
+) -> Tensor:  # scalar
+    """The sum over rows of what `divergences` makes of the products of a chunk of them, weighted,
+    with its gradient. `options` is an Options or, as that, a named tuple of what belongs to rows,
+    `row_weight` among it."""
+    matrices = student_hidden, student_weight, teacher_hidden, teacher_weight
     # Inside a Function autograd does not say whether gradients are wanted at all.
     with_grad = torch.is_grad_enabled()
-    return _LinearDivergence.apply(*matrices, wide, heads, options, divergences, with_grad)
+    return _LinearDivergence.apply(
+        *matrices, wide_type(*matrices), heads, options, divergences, with_grad
+    )
 
 
 def _kept(

@@ -1,0 +1,147 @@
+"""What a teacher said of the training rows, in files: found by what is in a row, in any order,
+batch and number of processes. See cache.py for how they are written.
+
+    runs/cache/
+      manifest.json                  what it is, and size and hash of every other file
+      begun.json                     what its files are made for, also before they are all there
+      index.safetensors              keys of all rows, sorted, and where each of them lies
+      shard-00000-HASH.safetensors   keys, starts, and of each row that counts
+                                     gaps, ids, rest (the largest logits) or logits (all of them)
+
+Files are mapped, not loaded: only what is read of them comes into memory.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mlkd_dist import commit
+from mlkd_dist.config import UserError
+from mlkd_dist.head import TopKRows
+from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import Trace
+
+INDEX, BEGUN = "index.safetensors", "begun.json"
+# Entries up to which two bytes name one.
+SHORT_IDS = 2**16
+AGAIN = "run `mlkd cache` with this config"
+
+
+def row_keys(batch: Batch) -> list[bytes | None]:
+    """Of every sample of a batch on the CPU, what the teacher reads of it and which of its rows
+    count, in 16 bytes; None for one that only fills the batch."""
+    mask, tokens = batch.inputs["attention_mask"].bool(), batch.label_keep.shape
+    read = [(n, x) for n, x in sorted(batch.inputs.items()) if n != "attention_mask"]
+    if tokens == mask.shape:
+        read.append(("counts", batch.label_keep))
+    keys: list[bytes | None] = []
+    for keep, real, *columns in zip(batch.keep.tolist(), mask, *(x for _, x in read), strict=True):
+        digest = xxhash.xxh3_128()
+        for (name, _), column in zip(read, columns, strict=True):
+            digest.update(name.encode())
+            digest.update(column[real].to(torch.int64).numpy().tobytes())
+        keys.append(digest.digest() if keep else None)
+    return keys
+
+
+def key_numbers(key: bytes) -> np.ndarray:  # [2] int64
+    return np.frombuffer(key, dtype=np.int64)
+
+
+class Stored:
+    """A cache that was checked."""
+
+    def __init__(self, folder: Path):
+        found = commit.read_manifest(folder)["plan"]
+        self.folder, self.temperatures = folder, tuple(found["temperatures"])
+        self.vocabulary = found["vocabulary"]
+        self.shards = shard_names(folder)
+        index = load_file(folder / INDEX)
+        self.keys, self.places = index["keys"].numpy(), index["places"].numpy()
+        # A file stays mapped once it was read.
+        self.shard = lru_cache(None)(lambda number: load_file(folder / self.shards[number]))
+
+    def place(self, key: bytes) -> tuple[int, int] | None:
+        """(shard, row in it)"""
+        high, low = key_numbers(key)
+        at = np.searchsorted(self.keys[:, 0], high)
+        while at < len(self.keys) and self.keys[at, 0] == high:
+            if self.keys[at, 1] == low:
+                return tuple(self.places[at].tolist())
+            at += 1
+        return None
+
+    def entry(self, key: bytes) -> dict[str, Tensor]:
+        place = self.place(key)
+        if place is None:
+            raise UserError(
+                f"teacher.cache.dir: {str(self.folder)!r} has no such row as one of data.train; "
+                f"{AGAIN}."
+            )
+        shard, row = self.shard(place[0]), place[1]
+        start, stop = shard["starts"][row : row + 2].tolist()
+        return {n: x[start:stop] for n, x in shard.items() if n not in ("keys", "starts")}
+
+    def attach(self, batch: Batch) -> Batch:
+        """With what the teacher said of it. On the CPU, also in a loader's process."""
+        entries = [None if key is None else self.entry(key) for key in row_keys(batch)]
+        batch.stored = self.largest(entries) if self.vocabulary else self.whole(batch, entries)
+        return batch
+
+    def largest(self, entries: list[dict[str, Tensor] | None]) -> TopKRows:
+        """In the order of Batch.label_rows."""
+        # Of a batch that is filled up only, the type and width.
+        found = [entry for entry in entries if entry is not None] or [self.nothing()]
+        names = [name for name in ("gaps", "ids", "rest") if name in found[0]]
+        joined = {name: torch.cat([entry[name] for entry in found]) for name in names}
+        ids = joined["ids"].int()
+        if self.vocabulary <= SHORT_IDS:
+            ids = ids & (SHORT_IDS - 1)
+        rest = joined.get("rest")
+        return TopKRows(joined["gaps"], ids, rest, self.temperatures, self.vocabulary)
+
+    def whole(self, batch: Batch, entries: list[dict[str, Tensor] | None]) -> Tensor:
+        """All logits of every sample, [B, C] or [B, 2, L]; 0 for one that only fills the batch."""
+        if batch.label_keep.shape[1:] != (2,):
+            found = [entry for entry in entries if entry is not None] or [self.nothing()]
+            zero = torch.zeros(1, found[0]["logits"].shape[1])
+            return torch.cat([zero if entry is None else entry["logits"] for entry in entries])
+        mask = batch.inputs["attention_mask"].bool()
+        logits = torch.full((len(mask), 2, mask.shape[1]), float("-inf"))
+        for row, (real, entry) in enumerate(zip(mask, entries, strict=True)):
+            logits[row][:, real] = 0.0 if entry is None else entry["logits"].mT
+        return logits
+
+    def nothing(self) -> dict[str, Tensor]:
+        return {n: x[:0] for n, x in self.shard(0).items() if n not in ("keys", "starts")}
+
+
+def shard_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("shard-*.safetensors"))
+
+
+class StoredTeacher:
+    """In the place of a Teacher: what it says of a batch came with the batch."""
+
+    def __init__(self, folder: str):
+        self.stored = Stored(Path(folder))
+
+    def attach(self, batch: Batch) -> Batch:
+        return self.stored.attach(batch)
+
+    def __call__(self, batch: Batch) -> Trace:
+        said = batch.stored
+        trace = Trace(batch.inputs["attention_mask"].bool(), heads=0, labels=batch.labels)
+        if isinstance(said, TopKRows):
+            trace.top_k = said
+        else:
+            trace.logits = said
+        return trace
+
+    def close(self) -> None:
+        pass
