@@ -15,6 +15,9 @@ from mlkd_dist.engine import World
 ENTRIES = BERT["vocab_size"]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     with world_of_one() as found:

@@ -286,6 +286,7 @@ def test_machines_that_do_not_fit_together(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_reduce_together(tmp_path: Path) -> None:
     shared = {
         "WORLD_SIZE": "2",
