@@ -1,21 +1,24 @@
 # make quickstart   set up and distil a real teacher with two local processes, in minutes on two cores
 # make test         set up and run the tests
+# make test-slow    set up and run the others: whole runs, every kernel compiled
 # make setup        only set up: .venv with everything in it; quick when nothing has changed
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# Two processes; each takes whole files, whose tests share what is costly to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-all lint setup
+.PHONY: quickstart test test-slow lint setup
 
 quickstart: setup
 	$(BIN)/mlkd distill configs/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test-all: setup
-	$(BIN)/python -m pytest
+test-slow: setup
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .
