@@ -23,6 +23,8 @@ from mlkd_kernels import choose
 
 STAGES = [0, 1, 2, 3]
 SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+# As published: one token type only.
+ROBERTA = dict(pad_token_id=0, type_vocab_size=1)
 MODERN = dict(pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
 
 
@@ -80,9 +82,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -
     configs["factors-gpt2"]["teacher"] |= {"path": str(path), "zero_stage": 3}
     configs["factors-gpt2"]["stages"] = configs["factors3"]["stages"]
     # Students of other families than their teacher, a BERT.
-    for family, given in (("Roberta", {"pad_token_id": 0}), ("ModernBert", MODERN)):
+    for family, given in (("Roberta", ROBERTA), ("ModernBert", MODERN)):
         made = getattr(transformers, f"{family}Config")(**BERT | SMALL | given, num_labels=3)
-        path = write_model(base / family, made, AutoModelForSequenceClassification)
+        path = write_model(base / f"{family}-model", made, AutoModelForSequenceClassification)
         own = {"path": str(path), "zero_stage": 2, "dropout": False}
         configs[family] = config(family, student=own, data__text_pair="other")
         configs[family]["teacher"]["zero_stage"] = 3
