@@ -28,7 +28,7 @@ def begin(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
 
 
-def until(condition: object, folder: Path, seconds: float = 200) -> None:
+def until(condition: object, folder: Path, seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, (folder / "log").read_text()[-3000:]
