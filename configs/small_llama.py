@@ -43,7 +43,7 @@ def write_pairs(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
                 file.write(json.dumps({"prompt": begins, "completion": f" {goes_on}"}) + "\n")
 
 
-def main(folder: str) -> None:
+def untrained() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=128,
@@ -58,7 +58,11 @@ def main(folder: str) -> None:
         pad_token_id=None,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM(config)
+
+
+def main(folder: str) -> None:
+    untrained().save_pretrained(folder)
     made = tokenizer()
     made.save_pretrained(folder)
     write_pairs(Path(folder) / "pairs.jsonl", made)

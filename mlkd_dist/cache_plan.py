@@ -101,7 +101,7 @@ def check_cache(run: Run) -> None:
     hashes its share of the files."""
     folder = Path(run.config.teacher.cache.dir)
     try:
-        manifest = verify.on_first_or_rejected(run.world, lambda: commit.read_manifest(folder))
+        manifest = on_first(run.world, lambda: commit.read_manifest(folder), Rejected)
         verify.check(folder.parent, run.world, folder.name, manifest)
     except Rejected as error:
         raise UserError(

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from mlkd_dist.signals import REQUEUE, SAME_SIGNAL, SIGNALS, VERDICTS
+from mlkd_dist.signals import REQUEUE, SAME_SIGNAL, VERDICTS, handled
 
 # Seconds that the processes have to save, once they are to stop and nobody else waits for them.
 GRACE = 300.0
@@ -174,9 +174,5 @@ def listed(ranks: list[Any]) -> str:
 def launched(command: list[str], environment: dict[str, str], processes: int) -> int:
     with TemporaryDirectory(prefix="mlkd-") as told:
         launch = Launch(command, environment, processes, Path(told))
-        before = {number: signal.signal(number, launch.handle) for number in SIGNALS}
-        try:
+        with handled(launch.handle):
             return launch.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -259,15 +259,15 @@ def user_errors(work: Callable[[], Any]) -> Callable[[], Any]:
     return guarded
 
 
-def on_first(world: World, work: Callable[[], Any]) -> Any:
-    """`work` on the first process, its result on all; a UserError there is raised on all."""
+def on_first(world: World, work: Callable[[], Any], error: type[Exception] = UserError) -> Any:
+    """`work` on the first process, its result on all; such an error there is raised on all."""
     outcome = None
     if world.first:
         try:
             outcome = ("done", work())
-        except UserError as error:
-            outcome = ("error", str(error))
+        except error as raised:
+            outcome = ("error", str(raised))
     kind, value = broadcast_object(outcome)
     if kind == "error":
-        raise UserError(value)
+        raise error(value)
     return value

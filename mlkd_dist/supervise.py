@@ -1,6 +1,5 @@
 """`mlkd supervise`: a run that is started again after whatever ends it, as long as that helps."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from types import FrameType
 from mlkd_dist import commit
 from mlkd_dist.config import Config
 from mlkd_dist.finetune import finetune_config
-from mlkd_dist.signals import REQUEUE, SIGNALS
+from mlkd_dist.signals import REQUEUE, handled
 
 # Starts in a row, without a new checkpoint, after which another one would end the same way.
 FRUITLESS = 3
@@ -41,12 +40,8 @@ class Supervisor:
             self.child.send_signal(number)
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self.handle) for number in SIGNALS}
-        try:
+        with handled(self.handle):
             return self.watch()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def watch(self) -> int:
         restarts = fruitless = 0

@@ -1,7 +1,6 @@
 """Which checkpoint a run may go on from: the newest one that is what was written."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from mlkd_dist import commit
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import World, broadcast_object, gather_objects
+from mlkd_dist.run import on_first
 
 
 def newest(folder: Path, root: Path, world: World) -> dict[str, Any] | None:
@@ -53,7 +53,7 @@ def verified(root: Path, world: World, name: str) -> dict[str, Any]:
     Raises Rejected on all processes."""
 
     def manifest_of(name: str) -> dict[str, Any]:
-        return on_first_or_rejected(world, lambda: commit.read_manifest(root / name))
+        return on_first(world, lambda: commit.read_manifest(root / name), Rejected)
 
     manifest = manifest_of(name)
     check(root, world, name, manifest)
@@ -69,7 +69,7 @@ def check(root: Path, world: World, name: str, manifest: dict[str, Any]) -> None
     """Raises Rejected on all processes where a file is not what the manifest says. The files are
     shared out over the processes."""
     folder = root / name
-    on_first_or_rejected(world, lambda: commit.check_names(folder, manifest))
+    on_first(world, lambda: commit.check_names(folder, manifest), Rejected)
     files = sorted(manifest["files"])[world.rank :: world.size]
     try:
         commit.check_files(folder, manifest, files)
@@ -78,16 +78,3 @@ def check(root: Path, world: World, name: str, manifest: dict[str, Any]) -> None
         problem = str(error)
     if problems := [text for text in gather_objects(problem) if text is not None]:
         raise Rejected(problems[0])
-
-
-def on_first_or_rejected(world: World, work: Callable[[], Any]) -> Any:
-    outcome = None
-    if world.first:
-        try:
-            outcome = ("done", work())
-        except Rejected as error:
-            outcome = ("rejected", str(error))
-    kind, value = broadcast_object(outcome)
-    if kind == "rejected":
-        raise Rejected(value)
-    return value

@@ -12,11 +12,11 @@ import sys
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, "configs")
 
-from small_llama import tokenizer
+from small_llama import tokenizer, untrained
 
 from mlkd_dist.builtin_text import passages
 from mlkd_dist.head import HeadRows, top_k_rows
@@ -62,21 +62,7 @@ def loss_and_gradient(
 
 
 def main(steps: int) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    rows, model = blocks(tokenizer()), LlamaForCausalLM(config)
+    rows, model = blocks(tokenizer()), untrained()
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     train(model, rows, 0, steps // 3)
     student = logits(model, held_out)

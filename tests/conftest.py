@@ -55,6 +55,17 @@ def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
     ).save_pretrained(folder)
 
 
+def made_tokenizer(folder: Path, template: str | None = None) -> Any:
+    """One that was just written; with a template it has an end token and says chats."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(folder)
+    found = AutoTokenizer.from_pretrained(folder)
+    if template is not None:
+        found.eos_token, found.chat_template = "[SEP]", template
+    return found
+
+
 def write_model(
     folder: Path, config: Any, model_class: Any, seed: int = 0, words: list[str] = WORDS
 ) -> Path:

@@ -10,8 +10,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, write_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from conftest import WORDS, made_tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist import data, sources, tasks
 from mlkd_dist.config import Config, DataConfig, TaskConfig, UserError
@@ -154,11 +154,7 @@ CASES = [(kind, case) for kind, (_, _, bad) in KINDS.items() for case in bad]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    found = AutoTokenizer.from_pretrained(folder)
-    found.eos_token, found.chat_template = "[SEP]", TEMPLATE
-    return found
+    return made_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEMPLATE)
 
 
 def task_of(kind: str) -> Any:

@@ -9,9 +9,9 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
-from conftest import write_tokenizer
+from conftest import made_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist import tasks
 from mlkd_dist.columns import Columns
@@ -36,11 +36,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    found = AutoTokenizer.from_pretrained(folder)
-    found.eos_token, found.chat_template = "[SEP]", TEMPLATE
-    return found
+    return made_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEMPLATE)
 
 
 def task_of(**data: Any) -> Any:

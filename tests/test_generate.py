@@ -1,15 +1,14 @@
 """What models say after prompts: token by token as by hand, drawn as told, measured by ROUGE-L."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_tokenizer
+from conftest import made_tokenizer
 from test_causal_lm import PAIRS, TEMPLATE, rows_of, task_of
 from test_head import language_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist.generate import Pick, drawing, end_tokens, generate
 from mlkd_dist.tasks._rouge import rouge_l
@@ -19,16 +18,9 @@ CPU = torch.device("cpu")
 PROMPTS = [[2, 5, 6, 7, 8, 9], [2, 10], [2, 11, 12]]
 
 
-def chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    write_tokenizer(folder)
-    found = AutoTokenizer.from_pretrained(folder)
-    found.eos_token, found.chat_template = "[SEP]", TEMPLATE
-    return found
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return made_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEMPLATE)
 
 
 def by_hand(model: Any, prompt: list[int], ends: list[int], tokens: int) -> list[int]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WORDS, logged, run_config, start
-from test_causal_lm import PAIRS, rows_of, task_of
-from test_generate import by_hand, chat_tokenizer
+from conftest import WORDS, logged, made_tokenizer, run_config, start
+from test_causal_lm import PAIRS, TEMPLATE, rows_of, task_of
+from test_generate import by_hand
 from test_head import language_model
 from test_parity import check_parity
 from torch import nn
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return made_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEMPLATE)
 
 
 TIMING = {"rows_per_s", "teacher_share", "peak_gib", "on_policy/seconds"}

@@ -1,13 +1,12 @@
 """Windows, spans, and the measures of SQuAD against hand-made numbers."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, write_tokenizer
+from conftest import WORDS, made_tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from mlkd_dist import tasks
@@ -22,9 +21,7 @@ PASSAGE = " ".join(WORDS[:20])
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return made_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def task_of(**settings: Any) -> Any:

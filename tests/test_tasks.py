@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_tokenizer
+from conftest import made_tokenizer
 from scipy.stats import rankdata
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig
@@ -18,9 +18,7 @@ from mlkd_dist.trace import Trace
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return made_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def task_of(kind: str, **settings: Any) -> Any:

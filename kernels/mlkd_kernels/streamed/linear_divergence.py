@@ -58,15 +58,27 @@ class Options(NamedTuple):
 Divergences = Callable[[Tensor | None, Tensor, Tensor, Options, bool], tuple[Tensor, Tensor | None]]
 
 
+def capped(student: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The logits of products, and their tanh where there is a cap; written over the products."""
+    if cap is None:
+        return student, None
+    tanh = student.tanh_()
+    return tanh * cap, tanh
+
+
+def by_products(slope: Tensor, tanh: Tensor | None, row_weight: Tensor | None) -> Tensor:
+    """The gradient by the products, of one by the logits, times its rows' weights; in place."""
+    if tanh is not None:
+        slope.addcmul_(slope, tanh.square_(), value=-1)
+    return slope if row_weight is None else slope.mul_(row_weight.unsqueeze(-1))
+
+
 def plain(
     teacher: Tensor | None, student: Tensor, spare: Tensor, options: Options, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     # It has the type of the student's factors, which may be 16 bits.
     spare = spare if spare.dtype == student.dtype else torch.empty_like(student)
-    tanh = None
-    if options.student_cap is not None:
-        tanh = student.tanh_()
-        student = tanh * options.student_cap
+    student, tanh = capped(student, options.student_cap)
     if teacher is None:
         rows, slope = cross_entropy(torch.log_softmax(student, -1, out=spare), options.labels)
     else:
@@ -77,12 +89,7 @@ def plain(
         rows, slope = KINDS[options.kind](log_p, log_q, options.beta)
     if not with_slope:
         return rows, None
-    found = slope()
-    if tanh is not None:
-        found.addcmul_(found, tanh.square_(), value=-1)
-    if options.row_weight is not None:
-        found.mul_(options.row_weight.unsqueeze(-1))
-    return rows, found
+    return rows, by_products(slope(), tanh, options.row_weight)
 
 
 def linear_divergence(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mlkd_kernels.rows import wide_type, widen, zero_masked
 from mlkd_kernels.streamed.blocks import on_cpu
 from mlkd_kernels.streamed.divergence import KINDS
-from mlkd_kernels.streamed.linear_divergence import Head, in_chunks
+from mlkd_kernels.streamed.linear_divergence import Head, by_products, capped, in_chunks
 
 
 class Buckets(NamedTuple):
@@ -40,10 +40,7 @@ def by_buckets(
     """linear_divergence.Divergences"""
     # It has the type of the student's factors, which may be 16 bits.
     spare = spare if spare.dtype == student.dtype else torch.empty_like(student)
-    tanh = None
-    if options.student_cap is not None:
-        tanh = student.tanh_()
-        student = tanh * options.student_cap
+    student, tanh = capped(student, options.student_cap)
     scores, ours = options.scores.to(student.dtype), student.gather(1, options.ids)
     if options.rest is not None:
         student.scatter_(1, options.ids, float("-inf"))
@@ -59,11 +56,7 @@ def by_buckets(
     if options.rest is not None:
         found = power.mul_(small[:, -1:] / total)
     found.scatter_(1, options.ids, small[:, : options.ids.shape[1]])
-    if tanh is not None:
-        found.addcmul_(found, tanh.square_(), value=-1)
-    if options.row_weight is not None:
-        found.mul_(options.row_weight.unsqueeze(-1))
-    return rows, found
+    return rows, by_products(found, tanh, options.row_weight)
 
 
 def top_k_divergence(
