@@ -1,5 +1,5 @@
 """What a checkpoint does when a disk is full, what makes a run stop, and who may write to its
-folder; in one process without a process group."""
+folder; in one process."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mlkd_dist import checkpoint, run, verify, watch
+from mlkd_dist import run, watch
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
 from mlkd_dist.config import RunConfig, UserError
 from mlkd_dist.engine import World
@@ -23,10 +23,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
-    for module in (checkpoint, verify):
-        monkeypatch.setattr(module, "gather_objects", lambda value: [value])
-    monkeypatch.setattr(verify, "broadcast_object", lambda value: value)
+def checkpoints(tmp_path: Path, one_process: None) -> Checkpoints:
     return Checkpoints(tmp_path, ALONE, keep=2)
 
 
