@@ -68,9 +68,10 @@ def trained(
     return States(weights, gradients, optimizer, 0)
 
 
-def frozen(parameters: int, zero_stage: int, width: int, world: int, offload: bool) -> States:
-    """A teacher: w P, at ZeRO 3 w P / N; on the host with offload. No other copy is held."""
-    weights = width * parameters / (world if zero_stage == 3 else 1)
+def frozen(parameters: int, zero_stage: int, width: int, shards: int, offload: bool) -> States:
+    """A teacher: w P, at ZeRO 3 w P over the processes it is sharded over, all or those of a node;
+    on the host with offload. No other copy is held."""
+    weights = width * parameters / (shards if zero_stage == 3 else 1)
     return States(0, 0, 0, weights) if offload else States(weights, 0, 0, 0)
 
 
@@ -163,23 +164,25 @@ def step_flops(
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that one process sends in an optimizer step, by rings over all N: a gather or a
+    """Bytes that one process sends in an optimizer step, by rings over N: a gather or a
     reduce-scatter of S bytes sends S (N - 1) / N, an all-reduce twice that."""
 
     teacher: float
     student: float
     samples: float
+    inside: float  # a teacher's, by rings over the processes of one node
 
     @property
     def total(self) -> float:
+        """By rings over all processes."""
         return self.teacher + self.student + self.samples
 
 
 def teacher_wire(
-    parameters: int, zero_stage: int, width: int, world: int, grad_accum: int
+    parameters: int, zero_stage: int, width: int, shards: int, grad_accum: int
 ) -> float:
-    """At ZeRO 3 one gather of all weights per micro-batch."""
-    return ring(grad_accum * width * parameters, world) if zero_stage == 3 else 0
+    """At ZeRO 3 one gather of all weights per micro-batch, among those that share them."""
+    return ring(grad_accum * width * parameters, shards) if zero_stage == 3 else 0
 
 
 def student_wire(
