@@ -48,12 +48,13 @@ def halves(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> list[dic
 
 
 def read_pairs(path: str) -> list[dict[str, str]]:
-    """A completion's end is what the tokenizer adds to it."""
+    """Those with something in both. A completion's end is what the tokenizer adds to it."""
     with open(path) as file:
         rows = [json.loads(line) for line in file]
-    return [
+    pairs = [
         {"prompt": row["prompt"], "completion": row["completion"].removesuffix(END)} for row in rows
     ]
+    return [row for row in pairs if row["prompt"].strip() and row["completion"].strip()]
 
 
 def fitting(
