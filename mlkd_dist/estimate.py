@@ -36,15 +36,18 @@ class Plan:
     traces: float
     logits: float
     buffers: float
+    late: float  # of gradients and buffers what is there at the end of a backward pass only
     host: float
     wire: Wire
     flops: float  # of a step
 
     @property
     def total(self) -> float:
-        """Of the device, at the peak."""
+        """Of the device, at the peak: at the begin of the backward pass, or at its end, when what
+        is late has taken the place of what was kept for it."""
         names = ("teacher_weights", "student_weights", "gradients", "optimizer", "activations")
-        return sum(getattr(self, name) for name in (*names, "traces", "logits", "buffers"))
+        parts = sum(getattr(self, name) for name in (*names, "traces", "logits", "buffers"))
+        return parts - min(self.activations + self.logits, self.late)
 
 
 def choices(config: Config, cluster: Cluster) -> list[Choice]:
@@ -81,7 +84,9 @@ def estimate(
     live = footprint.gathered_student(student, choice.student_zero, w)
     zero = config.deepspeed.get("zero_optimization", {})
     bucket = int(zero.get("reduce_bucket_size", footprint.BUCKET))
-    live += footprint.buffers(student.parameters, choice.student_zero, w, world, bucket)
+    ready = footprint.buffers(student.parameters, choice.student_zero, w, world, bucket)
+    live += ready
+    late = footprint.late(ours.gradients, ready, choice.student_zero, accum)
     theirs, traces, first, teacher_wire = footprint.States(0, 0, 0, 0), 0.0, 0.0, 0.0
     node = choice.teacher_group == "node"
     if models.teacher is not None:
@@ -122,6 +127,7 @@ def estimate(
         logits,
         # Beyond what the student's pass needs anyway.
         live + max(0.0, first - backward - logits - live),
+        late,
         theirs.host + ours.host,
         wire,
         footprint.step_flops(models.teacher, student, accum * tokens, length, choice.checkpointing),

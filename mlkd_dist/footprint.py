@@ -96,6 +96,15 @@ def buffers(parameters: int, zero_stage: int, width: int, world: int, bucket: in
     return width * bucket
 
 
+def late(gradients: float, buffers: float, zero_stage: int, grad_accum: int) -> float:
+    """What of both is there at the end of a step's backward pass only. Gradients are dropped after
+    each step, but at ZeRO 3, where they have their place for good, and are kept where they add up
+    over micro-batches. At ZeRO 0 they are copied to be sent once all are there; from ZeRO 1 on the
+    bucket is filled from the begin of the backward pass."""
+    kept = zero_stage == 3 or grad_accum > 1
+    return (0 if kept else gradients) + (buffers if zero_stage == 0 else 0)
+
+
 def activations(
     size: Size,
     samples: int,

@@ -158,7 +158,7 @@ def table(found: dict[str, Any], config: Config, cluster: Cluster) -> str:
         f"parameters (as deep as it is read), student {found['student_parameters']:,}.",
         f"GiB per process at micro-batch {config.batch.micro_batch} x {config.data.max_length} "
         f"tokens; wire: sent per process and step; in node: sent inside the node by a teacher that "
-        f"is sharded there; ! does not fit.",
+        f"is sharded there; ! does not fit. Total: at the peak, when not all of the rest is there.",
         "",
         *(f"{row[0]:>13}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in [heads, *rows]),
         "",

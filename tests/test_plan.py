@@ -16,7 +16,7 @@ from mlkd_dist import config as configs
 from mlkd_dist import footprint, model_sizes, plan, tasks
 from mlkd_dist.cluster import cluster_of, room
 from mlkd_dist.config import UserError
-from mlkd_dist.estimate import Choice, choices, estimate
+from mlkd_dist.estimate import Choice, Plan, choices, estimate
 from mlkd_dist.footprint import GIB
 from mlkd_dist.model import load_model, read_config
 from mlkd_dist.student import cut_config, make_student
@@ -370,3 +370,23 @@ def test_wrong_words_are_refused(word: str, message: str) -> None:
 def test_settings_of_the_run_are_left_to_it() -> None:
     cluster, rest = cluster_of(["nodes=2", "batch.micro_batch=3", "gpu_memory=40"])
     assert (cluster.world, cluster.gpu_memory, rest) == (16, 40.0, ["batch.micro_batch=3"])
+
+
+def test_what_is_late_takes_the_place_of_activations() -> None:
+    """By hand. 400 bytes of gradients, 300 of buffers; then a plan with few activations, and one
+    with many."""
+    late = {
+        (stage, accum): footprint.late(400, 300, stage, accum)
+        for stage in range(4)
+        for accum in (1, 2)
+    }
+    assert late[0, 1] == 700 and late[0, 2] == 300
+    assert late[1, 1] == late[2, 1] == 400
+    assert late[1, 2] == late[2, 2] == late[3, 1] == late[3, 2] == 0
+    nothing = dict.fromkeys((*plan.PARTS, "flops", "micro_batch", "choice", "wire"), 0)
+    del nothing["total"]
+    held = nothing | {"student_weights": 1000, "gradients": 400, "buffers": 300, "late": 700}
+    few = Plan(**held | {"activations": 200, "logits": 100})
+    many = Plan(**held | {"activations": 2000})
+    # 1000 and 400 and 300, the activations being gone; 1000 and 2000, the gradients yet to come.
+    assert (few.total, many.total) == (1700, 3000)
