@@ -357,6 +357,7 @@ def test_what_does_not_fit_is_said(large: str, tmp_path: Path) -> None:
         ("nodes=many", "nodes is a number"),
         ("nodes=0", "nodes: 0 is not allowed"),
         ("tflops=0", "tflops: 0.0 is not allowed"),
+        ("node_bandwidth=0", "node_bandwidth: 0.0 is not allowed"),
         ("gpu_memory=-1", "gpu_memory: -1.0 is not allowed"),
         ("gpu_memry=80", "did you mean 'gpu_memory'"),
         ("out=nowhere/at/all.yaml", "no such folder"),
