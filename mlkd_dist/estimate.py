@@ -125,8 +125,8 @@ def estimate(
         backward,
         traces + work,
         logits,
-        # Beyond what the student's pass needs anyway.
-        live + max(0.0, first - backward - logits - live),
+        # Beyond what the student's pass and the losses need anyway.
+        live + max(0.0, first - backward - work - logits - live),
         late,
         theirs.host + ours.host,
         wire,

@@ -77,9 +77,12 @@ def frozen(parameters: int, zero_stage: int, width: int, shards: int, offload: b
 
 def gathered_teacher(size: Size, zero_stage: int, width: int) -> float:
     """At ZeRO 3, weights that are whole at once in a forward pass: the module that runs and what is
-    fetched before its turn, w min(P, largest + prefetch bucket). A trace uses each of them once, so
-    that nothing stays."""
-    return width * min(size.parameters, size.largest + PREFETCH) if zero_stage == 3 else 0
+    fetched before its turn, w min(P, largest + prefetch bucket), and the bucket that they are
+    copied out of, w min(P, prefetch bucket). A trace uses each of them once, so that nothing
+    stays."""
+    ahead = min(size.parameters, PREFETCH)
+    whole = min(size.parameters, size.largest + PREFETCH)
+    return width * (whole + ahead) if zero_stage == 3 else 0
 
 
 def gathered_student(size: Size, zero_stage: int, width: int) -> float:
