@@ -2,7 +2,8 @@
 
 A checkpoint within a stage holds what trains: fp32 weights, Adam's moments, counters, random
 numbers. One at the end of a stage holds what the next stage starts with: the exported student and
-its projections. Nothing in either is code, and the teacher is in neither.
+its projections. The best student of a run that evaluates is kept beside them as it would be
+exported. Nothing in any of them is code, and the teacher is in none.
 """
 
 import os
@@ -22,7 +23,9 @@ from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import Engine, World, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
+from mlkd_dist.run import on_first
 from mlkd_dist.shards import read_shards, shapes, write_shard
+from mlkd_dist.signals import say
 
 PROJECTIONS = "projections.safetensors"
 
@@ -66,6 +69,10 @@ class Checkpoints:
     keep: int
     facts: dict[str, Any] = field(default_factory=dict)
     """What every manifest says of the run: its settings, fingerprints, versions."""
+    exports: str = "last"
+    """`run.export`."""
+    best: dict[str, Any] | None = None
+    """name, step, measure and value of the best student of the stage that is running."""
 
     @property
     def root(self) -> Path:
@@ -109,14 +116,47 @@ class Checkpoints:
                 return []
             export(model, weights, tokenizer, folder / "export")
             save_file(maps, folder / PROJECTIONS)
-            return [path.relative_to(folder).as_posix() for path in files_below(folder)]
+            return files_below(folder)
 
         name = self.commit(at, write, {"stage_done": True})
         self.publish(name)
         return Position(at.stage + 1, 0, at.done, start=name)
 
+    def save_best(
+        self, found: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Keep the student as it is now, which `found` tells of, as the best so far."""
+        weights = whole_weights(model)
+
+        def write(folder: Path) -> list[str]:
+            if not self.world.first:
+                return []
+            export(model, weights, tokenizer, folder / "export")
+            return files_below(folder)
+
+        name = commit.best_name(found["step"])
+        self.seal(name, write, found | {"start": None})
+        self.best = {"name": name, **found}
+        self.agreed((lambda: commit.prune_best(self.root, name)) if self.world.first else nothing)
+
+    def sound(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The best student that a manifest names, if it is what was written."""
+        if best is None:
+            return None
+        try:
+            verify.verified(self.root, self.world, best["name"])
+        except Rejected as error:
+            say(f"warning: {best['name']}, the best student so far, is not used: {error}.")
+            return None
+        return best
+
     def publish(self, name: str) -> None:
-        """Make the student of a stage that is done the run's export."""
+        """Make the student of a stage that is done the run's export: its last or its best one.
+        Where no best one was kept, as in every stage but the last, it is the last."""
+        if self.exports == "best":
+            made = on_first(self.world, lambda: commit.told(self.root / name))
+            best = self.sound(made.get("best"))
+            name = name if best is None else best["name"]
 
         def swap() -> None:
             partial, folder = self.folder / "export.partial", self.folder / "export"
@@ -133,9 +173,27 @@ class Checkpoints:
     def commit(
         self, at: Position, write: Callable[[Path], list[str]], facts: dict[str, Any]
     ) -> str:
-        """`write` puts the files of this process into a folder and returns their names. Raises
-        NotSaved on all processes where one of them fails."""
+        """A checkpoint at `at`, and which one is the best so far."""
         name = commit.step_name(at.done)
+        self.seal(
+            name,
+            write,
+            facts
+            | {
+                "stage": at.stage,
+                "stage_step": at.step,
+                "step": at.done,
+                # What is whole in itself needs no other.
+                "start": None if facts["stage_done"] else at.start,
+                "best": self.best,
+            },
+        )
+        self.agreed(self.prune if self.world.first else nothing)
+        return name
+
+    def seal(self, name: str, write: Callable[[Path], list[str]], facts: dict[str, Any]) -> None:
+        """Commit and verify what `write` makes: it puts the files of this process into a folder and
+        returns their names. Raises NotSaved on all processes where one of them fails."""
         partial = self.root / (name + commit.PARTIAL)
         self.agreed((lambda: commit.begin(self.root, name)) if self.world.first else nothing)
         try:
@@ -144,28 +202,20 @@ class Checkpoints:
             if self.world.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        facts |= {
-            "stage": at.stage,
-            "stage_step": at.step,
-            "step": at.done,
-            # What is whole in itself needs no other.
-            "start": None if facts["stage_done"] else at.start,
-            "files": {file: seal for files in sealed for file, seal in files.items()},
-        }
-        manifest = self.facts | facts
+        files = {file: seal for files in sealed for file, seal in files.items()}
+        manifest = self.facts | facts | {"files": files}
         self.agreed(
             (lambda: commit.commit(self.root, name, manifest)) if self.world.first else nothing
         )
-        self.prune(name, manifest)
-        return name
-
-    def prune(self, name: str, manifest: dict[str, Any]) -> None:
-        """Remove what is old, now that a newer checkpoint verifies."""
         try:
             verify.check(self.root, self.world, name, manifest)
         except Rejected as error:
             raise NotSaved(f"{name} was damaged while it was written: {error}") from error
-        self.agreed((lambda: commit.prune(self.root, self.keep)) if self.world.first else nothing)
+
+    def prune(self) -> None:
+        """Remove what is old, now that a newer checkpoint verifies."""
+        commit.prune(self.root, self.keep)
+        commit.prune_best(self.root, self.best["name"] if self.best else "")
 
     def agreed(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on every process. Where it fails on one, NotSaved on all."""
@@ -251,8 +301,9 @@ def export(
     tokenizer.save_pretrained(folder)
 
 
-def files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def files_below(folder: Path) -> list[str]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in found]
 
 
 def load_projections(projections: nn.ModuleDict, path: Path) -> None:

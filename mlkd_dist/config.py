@@ -43,6 +43,12 @@ class RunConfig:
     each stage and when the run is stopped."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    evaluate_every: int | None = None
+    """Optimizer steps of a stage between two evaluations of the student on the held-out rows; one
+    more follows its last step. Does not change its weights. Default: none before the report."""
+    export: str = "last"
+    """Which student of the last stage becomes the run's export: last, or best by the task's own
+    measure (accuracy, spearman, f1, perplexity) of those that evaluate_every has seen there."""
     time_limit: float | None = None
     """Minutes after its start at which the program saves, stops and exits with 75."""
     max_skipped: int = 10
@@ -71,6 +77,10 @@ class FinetuneConfig:
     """Passes over the training data; give either steps or epochs."""
     lr: float = 5e-5
     """Peak learning rate."""
+    evaluate_every: int | None = None
+    """As run.evaluate_every, of the fine-tuning."""
+    export: str = "last"
+    """As run.export: which of its states is the teacher."""
     dir: str | None = None
     """Run folder of the fine-tuning; default `<run.dir>-teacher`. A finished one made by the same
     settings is reused."""

@@ -151,6 +151,21 @@ class Metrics:
         self.samples.zero_()
         self.since, self.pending = time.perf_counter(), 0
 
+    def validated(self, step: int, measured: dict[str, float], seconds: float) -> None:
+        """What the held-out rows say of the student after step number `step` of this stage; the
+        `seconds` that it took are not those of the steps."""
+        self.since += seconds
+        if not self.world.first:
+            return
+        row = {f"validation/{name}": value for name, value in measured.items()}
+        row = {key: value if finite(value) else None for key, value in row.items()}
+        self.write(self.first_step + step, row)
+        told = "  ".join(
+            f"{name} {'-' if row[f'validation/{name}'] is None else format(value, '.4g')}"
+            for name, value in measured.items()
+        )
+        self.bar.write(f"{self.stage} {step + 1}/{self.steps}  validation: {told}")
+
     def write(self, step: int, row: dict[str, Any]) -> None:
         head = {"step": step, "stage": self.stage}
         self.file.write(json.dumps(head | row | {"backend": self.backend}) + "\n")

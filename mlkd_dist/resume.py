@@ -17,7 +17,10 @@ from mlkd_dist.versions import versions
 def open_run(run: Run, found: str) -> tuple[str, Checkpoints, Position]:
     """The model folder that the run starts from, its checkpoints, and where it goes on; `found` is
     what `run.standing` said of its folder. All processes call this."""
-    checkpoints = Checkpoints(run.folder, run.world, run.config.run.keep_checkpoints)
+    settings = run.config.run
+    checkpoints = Checkpoints(
+        run.folder, run.world, settings.keep_checkpoints, exports=settings.export
+    )
     manifest = checkpoints.newest() if found == UNFINISHED else None
     student_path = run.config.student.path or str(run.folder / "student")
     if manifest is not None:
@@ -35,6 +38,7 @@ def open_run(run: Run, found: str) -> tuple[str, Checkpoints, Position]:
         checkpoints.facts = on_first(run.world, user_errors(lambda: facts(run, student_path)))
         return student_path, checkpoints, Position()
     at = position(manifest)
+    checkpoints.best = checkpoints.sound(manifest.get("best"))
     say(run, f"resuming from step {at.done}, stage {at.stage + 1} of {len(run.config.stages)}.")
     go_on(run, checkpoints, at)
     return student_path, checkpoints, at

@@ -39,6 +39,7 @@ from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace
+from mlkd_dist.validation import Validation
 from mlkd_dist.waiting import PATIENCE, wait_at_most
 from mlkd_dist.watch import Diverged, Stopped, Watch
 from mlkd_kernels import choose
@@ -62,6 +63,7 @@ class Opened:
     kept: dict[str, Stateful]
     """What else a checkpoint of this stage carries."""
     policy: Policy | None
+    validation: Validation | None
 
 
 def run_stage(
@@ -71,9 +73,13 @@ def run_stage(
     student_path: str,
     checkpoints: Checkpoints,
     watch: Watch,
+    validation: Validation | None,
 ) -> Position:
     """One stage from `at` to the exported student; returns where the next one starts."""
-    opened = open_stage(run, stage, at, student_path, checkpoints)
+    if at.name is None:
+        # The stage before had other losses.
+        checkpoints.best = None
+    opened = open_stage(run, stage, at, student_path, checkpoints, validation)
     watch.begin_stage(opened.engine.skipped_steps)
     run_steps(run, opened, at, checkpoints, watch)
     opened.metrics.close()
@@ -89,7 +95,12 @@ def run_stage(
 
 
 def open_stage(
-    run: Run, stage: StageConfig, at: Position, student_path: str, checkpoints: Checkpoints
+    run: Run,
+    stage: StageConfig,
+    at: Position,
+    student_path: str,
+    checkpoints: Checkpoints,
+    validation: Validation | None,
 ) -> Opened:
     """The models and whatever else the stage needs, as they are at `at`."""
     config, world = run.config, run.world
@@ -113,9 +124,13 @@ def open_stage(
     kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
     if policy is not None:
         kept["policy"], metrics.more = policy, policy.logged
+    if validation is not None:
+        kept["validation"] = validation
     if at.name is not None:
         metrics.go_on(checkpoints.load(at, engine, kept))
-    return Opened(steps, sampler, objective, teacher, student, engine, metrics, kept, policy)
+    return Opened(
+        steps, sampler, objective, teacher, student, engine, metrics, kept, policy, validation
+    )
 
 
 def run_steps(
@@ -125,6 +140,8 @@ def run_steps(
     # The groups of the engines, too. Within the first step kernels are built, which takes one
     # process longer than another.
     wait_at_most(PATIENCE)
+    if opened.validation is not None and opened.validation.owed:
+        evaluate(opened, at, checkpoints)
     for step, micro_batches in enumerate(step_batches(run, opened, at.step), at.step):
         watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step))
         if opened.policy is not None:
@@ -141,13 +158,34 @@ def run_steps(
         )
         now = replace(at, step=step + 1)
         after_step(now, engine, checkpoints, watch)
-        if watch.time_to_save and now.step < opened.steps:
-            wait_at_most(PATIENCE)
-            save(now, engine, metrics, opened.kept, checkpoints, watch)
+        if now.step < opened.steps and between_steps(opened, now, checkpoints, watch):
             wait_at_most(run.config.launch.timeout)
         elif step == at.step:
             wait_at_most(run.config.launch.timeout)
     wait_at_most(PATIENCE)
+    if opened.validation is not None:
+        evaluate(opened, replace(at, step=opened.steps), checkpoints)
+
+
+def between_steps(opened: Opened, now: Position, checkpoints: Checkpoints, watch: Watch) -> bool:
+    """Evaluates and saves where it is time to, and tells whether it was. What is asked to stop must
+    not wait: it evaluates when it goes on."""
+    validation = opened.validation
+    due = validation is not None and validation.due(now)
+    if not (due or watch.time_to_save):
+        return False
+    wait_at_most(PATIENCE)
+    if due and watch.stop:
+        validation.owed = True
+    elif due:
+        evaluate(opened, now, checkpoints)
+    if watch.time_to_save:
+        save(now, opened.engine, opened.metrics, opened.kept, checkpoints, watch)
+    return True
+
+
+def evaluate(opened: Opened, now: Position, checkpoints: Checkpoints) -> None:
+    opened.validation(now, opened.engine, opened.student, opened.metrics, checkpoints)
 
 
 def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
