@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mlkd_dist import commit, verify
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import Engine, World, gather_objects, whole_weights
+from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
 from mlkd_dist.run import on_first
 from mlkd_dist.shards import read_shards, shapes, write_shard
@@ -54,6 +54,9 @@ class Position:
     """The checkpoint at the end of the stage before; None in the first stage."""
     name: str | None = None
     """The checkpoint of this very place; None at the start of a stage."""
+    skip: int = 0
+    """Steps of this stage whose data the run went back to be without: those of step k are the data
+    of k + skip."""
 
     @property
     def done(self) -> int:
@@ -73,6 +76,10 @@ class Checkpoints:
     """`run.export`."""
     best: dict[str, Any] | None = None
     """name, step, measure and value of the best student of the stage that is running."""
+    every: int | None = None
+    """Steps between those that the run may go back to; None where it does not."""
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+    """How often it went back: stage, to, spike, skipped (steps), loss and usual."""
 
     @property
     def root(self) -> Path:
@@ -186,6 +193,7 @@ class Checkpoints:
                 # What is whole in itself needs no other.
                 "start": None if facts["stage_done"] else at.start,
                 "best": self.best,
+                "rewinds": self.rewinds,
             },
         )
         self.agreed(self.prune if self.world.first else nothing)
@@ -214,8 +222,38 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Remove what is old, now that a newer checkpoint verifies."""
-        commit.prune(self.root, self.keep)
+        # The newest of them may lie within the line of the log that shows a spike.
+        regular = [name for name in commit.names(self.root) if self.is_regular(name)]
+        commit.prune(self.root, self.keep, regular[:2])
         commit.prune_best(self.root, self.best["name"] if self.best else "")
+
+    def is_regular(self, name: str) -> bool:
+        """Whether a run that is never stopped makes it, too."""
+        return self.every is not None and commit.step_of(name) % self.every == 0
+
+    def regular(self, at: Position, latest: int) -> list[str]:
+        """Those of the stage of `at` that the run may go back to, the newest first, up to the one
+        after `latest` steps; that at the end of the stage before is one."""
+        found = broadcast_object(commit.names(self.root) if self.world.first else None)
+        return [
+            name
+            for name in found
+            if at.first_step <= commit.step_of(name) <= latest
+            and (self.is_regular(name) or commit.step_of(name) == at.first_step)
+        ]
+
+    def go_back(self, name: str, manifest: dict[str, Any], rewind: dict[str, Any]) -> Position:
+        """Make this checkpoint the newest again, one that knows of this and all earlier rewinds;
+        returns where the run goes on."""
+        self.rewinds, self.best = [*self.rewinds, rewind], manifest.get("best")
+        manifest = manifest | {"rewinds": self.rewinds}
+
+        def write() -> None:
+            commit.go_back(self.root, name, manifest)
+            commit.prune_best(self.root, self.best["name"] if self.best else "")
+
+        self.agreed(write if self.world.first else nothing)
+        return position(manifest)
 
     def agreed(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on every process. Where it fails on one, NotSaved on all."""
@@ -266,11 +304,14 @@ def nothing() -> None:
 
 def position(manifest: dict[str, Any]) -> Position:
     """Where a run goes on from this checkpoint."""
-    name = commit.step_name(manifest["step"])
-    if manifest["stage_done"]:
-        return Position(manifest["stage"] + 1, 0, manifest["step"], start=name)
+    name, done = commit.step_name(manifest["step"]), manifest["stage_done"]
+    stage = manifest["stage"] + done
+    rewinds = manifest.get("rewinds", [])
+    skip = sum(rewind["skipped"] for rewind in rewinds if rewind["stage"] == stage)
+    if done:
+        return Position(stage, 0, manifest["step"], start=name, skip=skip)
     first_step = manifest["step"] - manifest["stage_step"]
-    return Position(manifest["stage"], manifest["stage_step"], first_step, manifest["start"], name)
+    return Position(stage, manifest["stage_step"], first_step, manifest["start"], name, skip)
 
 
 def layout(engine: Engine, world: World) -> list[int]:

@@ -171,11 +171,11 @@ def reject(root: Path, name: str) -> None:
     os.rename(root / name, root / (name + REJECTED))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` and what these start from, and older rubbish. The caller has
-    verified the newest."""
+def prune(root: Path, keep: int, also: Iterable[str] = ()) -> None:
+    """Remove all but the newest `keep`, those in `also` and what these start from, and older
+    rubbish. The caller has verified the newest."""
     newest, *_ = found = names(root)
-    kept = set(found[:keep])
+    kept = {*found[:keep], *also}
     kept |= {base for name in kept if (base := told(root / name).get("start"))}
     for path in sorted(root.iterdir()):
         name, _, ending = path.name.partition(".")
@@ -201,6 +201,23 @@ def prune_best(root: Path, best: str) -> None:
             if not ending:
                 os.rename(path, path := root / (name + PARTIAL))
             remove(path)
+
+
+def go_back(root: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Make a checkpoint the newest again, with another manifest of the same files."""
+    for newer in names(root):
+        if step_of(newer) > step_of(name):
+            os.rename(root / newer, root / (newer + PARTIAL))
+            remove(root / (newer + PARTIAL))
+    reached("gone back")
+    # Written beside the folder, in which there is nothing that its manifest does not name.
+    written = root / f"{name}.{MANIFEST}"
+    write_whole(written, manifest_text(manifest))
+    os.rename(written, root / name / MANIFEST)
+    sync(root / name)
+    reached("rewound")
+    write_whole(root / LATEST, name + "\n")
+    sync(root)
 
 
 def told(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,18 @@ class UserError(ValueError):
 
 
 @dataclass
+class RewindConfig:
+    factor: float = 4.0
+    """A logged loss/total of more than so many times the usual one is a spike. The usual one is the
+    median of those of the last `window` steps."""
+    window: int = 100
+    """Steps that must have been logged before a loss is compared with them: of the same stage, with
+    the same losses and layers."""
+    at_most: int = 3
+    """How often a run goes back; one more spike ends it."""
+
+
+@dataclass
 class RunConfig:
     dir: str = "runs/run"
     """Folder that receives everything the run writes."""
@@ -53,6 +65,10 @@ class RunConfig:
     """Minutes after its start at which the program saves, stops and exits with 75."""
     max_skipped: int = 10
     """So many steps in a row without a finite loss and gradient stop the run."""
+    rewind: RewindConfig | None = None
+    """After a spike of the loss, go back to the newest checkpoint of checkpoint_every before it and
+    on from there, without the data of the steps that led to it. Default: do not. A teacher that is
+    fine-tuned first never does."""
     compare_maps: bool = False
     """The report also tells how far the student's attention maps are from its teacher's, summed
     over layers, where both have as many heads."""

@@ -29,6 +29,7 @@ def finetune_config(config: Config) -> Config:
     own = copy.deepcopy(config)
     own.run.dir, own.run.compare_maps, own.data.train_rows = folder(config), False, None
     own.run.evaluate_every, own.run.export = settings.evaluate_every, settings.export
+    own.run.rewind = None
     own.student = StudentConfig(path=config.teacher.path, attention=config.teacher.attention)
     own.student.zero_stage, own.student.dtype = config.student.zero_stage, config.student.dtype
     own.teacher = TeacherConfig(path=None, zero_stage=config.teacher.zero_stage)

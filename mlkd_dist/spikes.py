@@ -18,8 +18,8 @@ class Spikes:
 
     A spike is a logged loss/total, the mean over the steps of its line, of more than `factor` times
     the median of those of the last `window` steps. Nothing is one before so many were logged, since
-    the stage began or since other losses or layers count. Lines without a finite loss, of steps that
-    were skipped, are left out.
+    the stage began or since other losses or layers count. Lines without a finite loss, of steps
+    that were skipped, are left out.
     """
 
     def __init__(self, settings: RewindConfig, log_every: int):

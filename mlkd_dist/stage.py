@@ -27,13 +27,14 @@ from mlkd_dist.engine import (
     student_config,
     student_engine,
 )
-from mlkd_dist.metrics import Metrics
+from mlkd_dist.metrics import Metrics, drop_logged
 from mlkd_dist.model import read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.on_policy import Policy, speaks, stage_policy
-from mlkd_dist.run import Run, class_count
+from mlkd_dist.run import Run, class_count, on_first
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
+from mlkd_dist.spikes import Spikes, go_back, rows
 from mlkd_dist.stored import StoredTeacher
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
@@ -64,6 +65,7 @@ class Opened:
     """What else a checkpoint of this stage carries."""
     policy: Policy | None
     validation: Validation | None
+    spikes: Spikes | None
 
 
 def run_stage(
@@ -75,18 +77,24 @@ def run_stage(
     watch: Watch,
     validation: Validation | None,
 ) -> Position:
-    """One stage from `at` to the exported student; returns where the next one starts."""
+    """One stage from `at` to the exported student; returns where the next one starts, or where in
+    this one to go on after a spike."""
     if at.name is None:
         # The stage before had other losses.
         checkpoints.best = None
     opened = open_stage(run, stage, at, student_path, checkpoints, validation)
     watch.begin_stage(opened.engine.skipped_steps)
-    run_steps(run, opened, at, checkpoints, watch)
+    back = run_steps(run, opened, at, checkpoints, watch)
     opened.metrics.close()
     student = opened.student
-    at = checkpoints.save_stage_end(
-        replace(at, step=opened.steps), student.model, student.projections, run.tokenizer
-    )
+    if back is not None:
+        at = back
+        logged = rows(checkpoints.rewinds, run.config.stages)
+        on_first(run.world, lambda: drop_logged(run.folder, at.done, logged))
+    else:
+        at = checkpoints.save_stage_end(
+            replace(at, step=opened.steps), student.model, student.projections, run.tokenizer
+        )
     watch.has_saved()
     if opened.teacher is not None:
         opened.teacher.close()
@@ -123,27 +131,46 @@ def open_stage(
     metrics = stage_metrics(run, stage, at, objective, steps)
     kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
     if policy is not None:
-        kept["policy"], metrics.more = policy, policy.logged
+        kept["policy"] = policy
+        metrics.more.append(policy.logged)
+    spikes = None
+    if config.run.rewind is not None:
+        kept["spikes"] = spikes = Spikes(config.run.rewind, config.log_every)
+        metrics.more.append(lambda steps: {"rewinds": len(checkpoints.rewinds)})
     if validation is not None:
         kept["validation"] = validation
     if at.name is not None:
         metrics.go_on(checkpoints.load(at, engine, kept))
     return Opened(
-        steps, sampler, objective, teacher, student, engine, metrics, kept, policy, validation
+        steps,
+        sampler,
+        objective,
+        teacher,
+        student,
+        engine,
+        metrics,
+        kept,
+        policy,
+        validation,
+        spikes,
     )
 
 
 def run_steps(
     run: Run, opened: Opened, at: Position, checkpoints: Checkpoints, watch: Watch
-) -> None:
-    engine, metrics = opened.engine, opened.metrics
+) -> Position | None:
+    """Those that are left from `at` on; returns where to go back to after a spike."""
+    engine, metrics, rewind = opened.engine, opened.metrics, run.config.run.rewind
     # The groups of the engines, too. Within the first step kernels are built, which takes one
     # process longer than another.
     wait_at_most(PATIENCE)
     if opened.validation is not None and opened.validation.owed:
         evaluate(opened, at, checkpoints)
-    for step, micro_batches in enumerate(step_batches(run, opened, at.step), at.step):
-        watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step))
+    if rewind is not None and at.done == 0 and at.name is None:
+        # Of every later stage the start is there.
+        save(at, engine, metrics, opened.kept, checkpoints, watch)
+    for step, micro_batches in enumerate(step_batches(run, opened, at), at.step):
+        watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step + at.skip))
         if opened.policy is not None:
             micro_batches = opened.policy(at.first_step + step, micro_batches)
         train_step(
@@ -158,6 +185,10 @@ def run_steps(
         )
         now = replace(at, step=step + 1)
         after_step(now, engine, checkpoints, watch)
+        if rewind is not None and (line := metrics.line) is not None:
+            if (usual := opened.spikes.usual(line)) is not None:
+                wait_at_most(PATIENCE)
+                return go_back(now, line, usual, rewind, checkpoints)
         if now.step < opened.steps and between_steps(opened, now, checkpoints, watch):
             wait_at_most(run.config.launch.timeout)
         elif step == at.step:
@@ -165,6 +196,7 @@ def run_steps(
     wait_at_most(PATIENCE)
     if opened.validation is not None:
         evaluate(opened, replace(at, step=opened.steps), checkpoints)
+    return None
 
 
 def between_steps(opened: Opened, now: Position, checkpoints: Checkpoints, watch: Watch) -> bool:
@@ -193,7 +225,7 @@ def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
     return zlib.crc32(run.train._fingerprint.encode(), sampler.mark(step))
 
 
-def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
+def step_batches(run: Run, opened: Opened, at: Position) -> Iterator[list[Batch]]:
     def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
         batch = run.task.collate(rows, keep, run.tokenizer)
         if isinstance(opened.teacher, StoredTeacher):
@@ -202,7 +234,8 @@ def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
         return batch if opened.policy is None else replace(batch, rows=rows)
 
     workers, pin = run.config.data.workers, run.world.device.type == "cuda"
-    return batches(run.train, opened.sampler, first, opened.steps, collate, workers, pin)
+    steps = at.step + at.skip, opened.steps + at.skip
+    return batches(run.train, opened.sampler, *steps, collate, workers, pin)
 
 
 def stage_sampler(run: Run, at: Position) -> Sampler:

@@ -136,6 +136,7 @@ def check_values(config: Config) -> None:
         if (value := getattr(config.run, key)) is not None:
             above(f"run.{key}", value, 0)
     check_evaluation("run", config.run)
+    check_rewind(config)
     above("launch.timeout", config.launch.timeout, 0)
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
@@ -163,6 +164,26 @@ def check_evaluation(where: str, given: RunConfig | FinetuneConfig) -> None:
         raise UserError(
             f"{where}.export: best is the best of those that were evaluated; set "
             f"{where}.evaluate_every to a number of steps, or use last."
+        )
+
+
+def check_rewind(config: Config) -> None:
+    rewind, every = config.run.rewind, config.run.checkpoint_every
+    if rewind is None:
+        return
+    above("run.rewind.factor", rewind.factor, 1)
+    at_least("run.rewind.at_most", rewind.at_most, 1)
+    at_least("run.rewind.window", rewind.window, config.log_every)
+    if every is None or every < config.log_every:
+        raise UserError(
+            f"run.rewind: a run goes back to checkpoints that are some number of steps apart, not "
+            f"some minutes; set run.checkpoint_every, now {every}, to log_every "
+            f"({config.log_every}) or more."
+        )
+    if config.teacher.cache is not None and config.task.kind == "masked_lm":
+        raise UserError(
+            "run.rewind: data that are skipped make later epochs, and of masked_lm teacher.cache "
+            "holds as many as the stages need without; remove run.rewind, or teacher.cache."
         )
 
 
