@@ -160,13 +160,13 @@ def run_steps(
     run: Run, opened: Opened, at: Position, checkpoints: Checkpoints, watch: Watch
 ) -> Position | None:
     """Those that are left from `at` on; returns where to go back to after a spike."""
-    engine, metrics, rewind = opened.engine, opened.metrics, run.config.run.rewind
+    engine, metrics = opened.engine, opened.metrics
     # The groups of the engines, too. Within the first step kernels are built, which takes one
     # process longer than another.
     wait_at_most(PATIENCE)
     if opened.validation is not None and opened.validation.owed:
         evaluate(opened, at, checkpoints)
-    if rewind is not None and at.done == 0 and at.name is None:
+    if opened.spikes is not None and at.done == 0 and at.name is None:
         # Of every later stage the start is there.
         save(at, engine, metrics, opened.kept, checkpoints, watch)
     for step, micro_batches in enumerate(step_batches(run, opened, at), at.step):
@@ -185,10 +185,8 @@ def run_steps(
         )
         now = replace(at, step=step + 1)
         after_step(now, engine, checkpoints, watch)
-        if rewind is not None and (line := metrics.line) is not None:
-            if (usual := opened.spikes.usual(line)) is not None:
-                wait_at_most(PATIENCE)
-                return go_back(now, line, usual, rewind, checkpoints)
+        if (back := after_spike(opened, now, checkpoints)) is not None:
+            return back
         if now.step < opened.steps and between_steps(opened, now, checkpoints, watch):
             wait_at_most(run.config.launch.timeout)
         elif step == at.step:
@@ -197,6 +195,15 @@ def run_steps(
     if opened.validation is not None:
         evaluate(opened, replace(at, step=opened.steps), checkpoints)
     return None
+
+
+def after_spike(opened: Opened, now: Position, checkpoints: Checkpoints) -> Position | None:
+    """Where to go back to, if what the last step has logged is a spike."""
+    spikes, line = opened.spikes, opened.metrics.line
+    if spikes is None or line is None or (usual := spikes.usual(line)) is None:
+        return None
+    wait_at_most(PATIENCE)
+    return go_back(now, line, usual, spikes.settings, checkpoints)
 
 
 def between_steps(opened: Opened, now: Position, checkpoints: Checkpoints, watch: Watch) -> bool:
@@ -320,6 +327,7 @@ def train_step(
         student.step()
         metrics.add(shares)
         step_shares.append(shares)
+    objective.reach.verdict()
     changed = objective.end_step(step, torch.stack(step_shares).sum(0))
     metrics.step(student, step, lr, rows["sample"], flush=changed)
 

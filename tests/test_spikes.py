@@ -44,6 +44,7 @@ class Place:
         wild: list[int],
         order: list[int] | None = None,
         zero: int = 3,
+        processes: int = 1,
         **rewind: Any,
     ) -> str:
         """`order`: the data of which step are to be those of the first, second, ... one."""
@@ -66,7 +67,7 @@ class Place:
             config["run"]["rewind"] = {"factor": 50, "window": 2} | rewind
         config["student"]["dropout"] = True
         config["optim"]["lr"] = 1e-3
-        config["batch"] |= {"micro_batch": 1, "grad_accum": 2}
+        config["batch"] |= {"micro_batch": BATCH // 2 // processes, "grad_accum": 2}
         config["stages"] = [{"name": "only", "steps": STEPS, "losses": {"hard_labels": {}}}]
         (self.base / f"{name}.yaml").write_text(yaml.safe_dump(config))
         return str(self.base / f"{name}.yaml")
@@ -108,9 +109,9 @@ WITHOUT_TWO = [step for step in range(20) if step not in (8, 9)] + [8, 9]
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -> Place:
     place = Place(tmp_path_factory.mktemp("two"), teachers["regression"], data["validation"])
-    killed = place.write("killed", [9], at_most=3)
-    words = [place.write("back", [9], at_most=3), f"{killed}@11", killed]
-    words.append(place.write("without", [9], WITHOUT_TWO))
+    killed = place.write("killed", [9], processes=2, at_most=3)
+    words = [place.write("back", [9], processes=2, at_most=3), f"{killed}@11", killed]
+    words.append(place.write("without", [9], WITHOUT_TWO, processes=2))
     start("interrupted_runs.py", words, place.base, world=2)
     return place
 

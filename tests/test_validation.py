@@ -340,5 +340,38 @@ def test_a_best_student_goes_when_no_checkpoint_knows_it(tmp_path: Path, one_pro
     assert checkpoints.sound(manifest["best"]) is None
 
 
+def test_a_damaged_best_student_is_not_published(
+    tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture
+) -> None:
+    """As where a run goes on that was killed after its last stage."""
+    world = World(0, 1, 0, torch.device("cpu"))
+    checkpoints = Checkpoints(tmp_path, world, keep=1, exports="best")
+
+    def write(content: bytes) -> Callable[[Path], list[str]]:
+        def files(folder: Path) -> list[str]:
+            (folder / "export").mkdir()
+            (folder / "export" / "weights").write_bytes(content)
+            return ["export/weights"]
+
+        return files
+
+    def published(name: str) -> bytes:
+        checkpoints.publish(name)
+        return (tmp_path / "export" / "weights").read_bytes()
+
+    first = checkpoints.commit(Position(0, 5), write(b"first"), {"stage_done": True})
+    assert published(first) == b"first"
+    checkpoints.seal("best-000007", write(b"best"), {"start": None})
+    checkpoints.best = {"name": "best-000007", "step": 7, "measure": "f1", "value": 0.5}
+    last = checkpoints.commit(Position(1, 5, 5, first), write(b"last"), {"stage_done": True})
+    assert published(last) == b"best" and not capsys.readouterr().err
+    checkpoints.exports = "last"
+    assert published(last) == b"last"
+    checkpoints.exports = "best"
+    (checkpoints.root / "best-000007" / "export" / "weights").write_bytes(b"bust")
+    assert published(last) == b"last"
+    assert "best-000007, the best student so far, is not used" in capsys.readouterr().err
+
+
 def test_the_defaults_change_nothing() -> None:
     assert RunConfig().evaluate_every is None and RunConfig().export == "last"
