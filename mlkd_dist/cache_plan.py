@@ -5,17 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlkd_dist import commit, verify
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import Sampler, batches
+from mlkd_dist.engine import World
 from mlkd_dist.fingerprints import model, tokenizer
 from mlkd_dist.model import read_config
+from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.run import Run, on_first, source, told, user_errors
 from mlkd_dist.schedule import total_steps
 from mlkd_dist.settings import differences, flat
-from mlkd_dist.stored import AGAIN, BEGUN, Stored, row_keys
+from mlkd_dist.stored import AGAIN, BEGUN, STATE, Stored, row_keys
+from mlkd_dist.student import starting_config
 from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import LOGIT_READS, Needs
 
 # What the teacher's logits depend on, beside its weights, the tokenizer and the data.
 SETTINGS = (
@@ -50,6 +56,7 @@ def plan(run: Run) -> dict[str, Any]:
         "data": run.train._fingerprint,
         "rows": len(run.train),
         "vocabulary": found.get(VOCABULARY),
+        "states": states(config),
         "temperatures": temperatures(config) if run.task.vocabulary else [],
         "epochs": epochs(run),
     }
@@ -59,6 +66,31 @@ def temperatures(config: Config) -> list[float]:
     """Those of the losses that read logits: the bucket of all others is a sum for each of them."""
     readers = (stage.losses.get("soft_labels") for stage in config.stages)
     return sorted({float(options["temperature"]) for options in readers if options is not None})
+
+
+def states(config: Config) -> list[str]:
+    """What the losses read of the teacher beside its logits, by the names of stored.STATE."""
+    teacher = read_config(config.teacher.path, config.trust_remote_code)
+    student, theirs = (
+        Widths(found.hidden_size, found.num_hidden_layers)
+        for found in (starting_config(config), teacher)
+    )
+    nowhere, needs = World(0, 1, 0, torch.device("meta")), Needs()
+    for stage in config.stages:
+        made = Objective(stage.losses, stage.layers, student, theirs, config.kernels, nowhere)
+        needs = needs.union(made.needs(1))
+    found = [f"layer {i} {name}" for i, names in needs.layers.items() for name in names]
+    return sorted([*found, *(needs.model - LOGIT_READS)])
+
+
+def state_needs(states: list[str]) -> Needs:
+    """The other way: what a forward pass must keep for them."""
+    needs = Needs()
+    for state in states:
+        layer, name = STATE.fullmatch(state).groups()
+        own = frozenset({name})
+        needs = needs.union(Needs(own) if layer is None else Needs(layers={int(layer): own}))
+    return needs
 
 
 def epochs(run: Run) -> int:
@@ -76,7 +108,7 @@ def epochs(run: Run) -> int:
 
 
 def changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """How one plan differs from another, but for its data, temperatures and epochs."""
+    """How one plan differs from another, but for its data, temperatures, states and epochs."""
     return differences(theirs["settings"], ours["settings"]) + [
         f"what {key} holds"
         for key, mark in ours["fingerprints"].items()
@@ -116,6 +148,8 @@ def check_plan(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
     changed = changes(theirs, ours)
     if missing := sorted(set(ours["temperatures"]) - set(theirs["temperatures"])):
         changed.append(f"soft_labels.temperature: {theirs['temperatures']} -> {missing}")
+    if missing := sorted(set(ours["states"]) - set(theirs["states"])):
+        changed.append(f"what the losses read: {', '.join(missing)} is not there")
     if ours["epochs"] > theirs["epochs"]:
         changed.append(
             f"epochs, each of which hides other tokens: {theirs['epochs']} -> {ours['epochs']}"

@@ -119,8 +119,8 @@ class TeacherConfig:
     finetune: FinetuneConfig | None = None
     """Fine-tune `path` on the task's labels first and distil from the result."""
     cache: CacheConfig | None = None
-    """Train from what `mlkd cache` wrote of the teacher, which is then not in memory; for the
-    loss soft_labels alone."""
+    """Train from what `mlkd cache` wrote of the teacher, which is then not in memory: for the loss
+    soft_labels, and beside it those on hidden states."""
     dtype: str = "bf16"
     """Type of the weights: fp32 or bf16."""
     zero_stage: int = 3

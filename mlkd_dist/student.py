@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mlkd_dist.config import FromTeacherConfig, StudentConfig, UserError
+from mlkd_dist.config import Config, FromTeacherConfig, StudentConfig, UserError
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
 from mlkd_dist.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
@@ -47,6 +47,15 @@ def cut_config(config: PreTrainedConfig, cut: FromTeacherConfig) -> PreTrainedCo
     """That of the student."""
     picks = picked_layers(cut.layers, config.num_hidden_layers)
     return cut_width(cut_heads(cut_layers(config, picks), cut.heads), cut.hidden)
+
+
+def starting_config(config: Config) -> PreTrainedConfig:
+    """Of the student, before it is cut."""
+    student, trust = config.student, config.trust_remote_code
+    if student.path is not None:
+        return read_config(student.path, trust)
+    teacher = read_config(config.teacher.path, trust)
+    return cut_config(teacher, student.from_teacher or FromTeacherConfig())
 
 
 def picked_layers(layers: int | list[int] | None, teacher_layers: int) -> list[int]:

@@ -34,6 +34,8 @@ TASK_OPTIONS = {
 ONE_TEXT = ["embedding", "masked_lm", "causal_lm"]
 # Tasks with a row of logits per token.
 VOCABULARY = ["masked_lm", "causal_lm"]
+# What teacher.cache may hold of a teacher, as losses read it.
+STORED = ("logits", "embedding", "hidden", "cls", "mean", "last")
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
     "train_batch_size": "batch",
@@ -349,14 +351,15 @@ def check_cache(config: Config) -> None:
     for index, stage in enumerate(config.stages):
         for name in stage.losses:
             schema = loss_schema(name)
-            if schema.teacher and schema.rows != "label":
+            reads = set(schema.read_by(stage.losses[name])) if schema.teacher else set()
+            if unheld := sorted(reads - set(STORED)):
                 raise UserError(
-                    f"stages[{index}].losses.{name}: it reads what is inside the teacher, and "
-                    f"teacher.cache holds its logits only, for soft_labels; remove this loss, or "
-                    f"leave the teacher live with teacher.cache=null."
+                    f"stages[{index}].losses.{name}: it reads the teacher's "
+                    f"{', '.join(unheld)}, and teacher.cache holds {', '.join(STORED)} only; "
+                    f"remove this loss, or leave the teacher live with teacher.cache=null."
                 )
-            read |= schema.teacher
-            if schema.teacher and config.kernels == "triton" and config.task.kind in VOCABULARY:
+            read |= "logits" in reads
+            if "logits" in reads and config.kernels == "triton" and config.task.kind in VOCABULARY:
                 raise UserError(
                     f"kernels: triton, but stages[{index}].losses.{name} has no Triton kernel for "
                     f"the logits in teacher.cache; use auto, which takes the fastest there is for "

@@ -309,8 +309,7 @@ REFUSED: dict[str, list[str]] = {
     STORED: [],
     f"{STORED_LM} teacher.cache.top_k=50257": [],
     "teacher.cache={dir: runs/cache}": [
-        "stages[0].losses.attention_relation: it reads what is inside the teacher",
-        "for soft_labels",
+        "stages[0].losses.attention_relation: it reads the teacher's context, and teacher.cache",
         "teacher.cache=null",
     ],
     "teacher.cache={dir: runs/cache} stages=[{steps: 1, losses: {hard_labels: {}}}]": [

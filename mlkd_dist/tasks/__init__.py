@@ -32,7 +32,7 @@ and, where models may be asked to answer the prompts of its rows,
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,22 @@ class Decides(NamedTuple):
 
 
 @dataclass
+class Said:
+    """What a teacher said of a batch, before it was asked again: of a Trace, these parts."""
+
+    logits: Tensor | None  # as in a trace
+    top_k: TopKRows | None  # of Batch.label_rows
+    states: dict[str, Tensor] = field(default_factory=dict)  # [B, L, D] or [B, D], see stored.py
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Said":
+        def move(tensor: Any) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        states = {name: move(tensor) for name, tensor in self.states.items()}
+        return Said(move(self.logits), move(self.top_k), states)
+
+
+@dataclass
 class Batch:
     """One micro-batch of one process."""
 
@@ -76,8 +92,8 @@ class Batch:
     # [n] the places of those that count in labels. Found where the batch is made: on a GPU it would
     # be waited for.
     label_rows: Tensor | None = None
-    # What a teacher said of it before: logits as in a trace, or of label_rows the largest.
-    stored: Tensor | TopKRows | None = None
+    # What a teacher said of it before.
+    stored: Said | None = None
 
     def __post_init__(self) -> None:
         if self.label_rows is None:
