@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mlkd_dist import commit
-from mlkd_dist.cache_plan import Ranges, changes, collate, plan, state_needs
+from mlkd_dist.cache_plan import Ranges, changes, collate, plan
 from mlkd_dist.cache_shard import Shard
 from mlkd_dist.commit import MANIFEST, PARTIAL, Rejected
 from mlkd_dist.config import UserError
@@ -28,7 +28,7 @@ from mlkd_dist.model import read_config
 from mlkd_dist.run import Run, alone, on_first, told, user_errors
 from mlkd_dist.settings import differences
 from mlkd_dist.signals import say
-from mlkd_dist.stored import BEGUN, INDEX, SHORT_IDS, is_vector, shard_names
+from mlkd_dist.stored import BEGUN, INDEX, SHORT_IDS, is_vector, shard_names, state_needs
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
 

@@ -18,10 +18,10 @@ from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.run import Run, on_first, source, told, user_errors
 from mlkd_dist.schedule import total_steps
 from mlkd_dist.settings import differences, flat
-from mlkd_dist.stored import AGAIN, BEGUN, STATE, Stored, row_keys
+from mlkd_dist.stored import AGAIN, BEGUN, Stored, row_keys, state_names
 from mlkd_dist.student import starting_config
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import LOGIT_READS, Needs
+from mlkd_dist.trace import Needs
 
 # What the teacher's logits depend on, beside its weights, the tokenizer and the data.
 SETTINGS = (
@@ -69,7 +69,7 @@ def temperatures(config: Config) -> list[float]:
 
 
 def states(config: Config) -> list[str]:
-    """What the losses read of the teacher beside its logits, by the names of stored.STATE."""
+    """What the losses read of the teacher beside its logits, by their names in its files."""
     teacher = read_config(config.teacher.path, config.trust_remote_code)
     student, theirs = (
         Widths(found.hidden_size, found.num_hidden_layers)
@@ -79,18 +79,7 @@ def states(config: Config) -> list[str]:
     for stage in config.stages:
         made = Objective(stage.losses, stage.layers, student, theirs, config.kernels, nowhere)
         needs = needs.union(made.needs(1))
-    found = [f"layer {i} {name}" for i, names in needs.layers.items() for name in names]
-    return sorted([*found, *(needs.model - LOGIT_READS)])
-
-
-def state_needs(states: list[str]) -> Needs:
-    """The other way: what a forward pass must keep for them."""
-    needs = Needs()
-    for state in states:
-        layer, name = STATE.fullmatch(state).groups()
-        own = frozenset({name})
-        needs = needs.union(Needs(own) if layer is None else Needs(layers={int(layer): own}))
-    return needs
+    return state_names(needs)
 
 
 def epochs(run: Run) -> int:
@@ -165,7 +154,7 @@ def check_plan(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
 
 def other_rows(run: Run, folder: Path, epochs: int) -> list[str]:
     """That the data have rows which the cache does not know: they may be a part of its own."""
-    stored, missing, first = Stored(folder), 0, None
+    stored, missing, first = Stored(folder, []), 0, None
     for epoch in range(epochs):
         order = Ranges([[(0, len(run.train), epoch)]], 64)
         for (batch,) in batches(run.train, order, 0, order.steps, collate(run)):

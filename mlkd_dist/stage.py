@@ -35,7 +35,7 @@ from mlkd_dist.run import Run, class_count, on_first
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
 from mlkd_dist.spikes import Spikes, go_back, rows
-from mlkd_dist.stored import StoredTeacher
+from mlkd_dist.stored import StoredTeacher, state_names
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
@@ -400,7 +400,7 @@ def stage_teacher(
         return None
     settings, needs = run.config.teacher, objective.needs(1)
     if settings.cache is not None:
-        return StoredTeacher(settings.cache.dir)
+        return StoredTeacher(settings.cache.dir, state_names(needs))
     # With `whole` it is loaded to its head, whatever is read of it.
     teacher = Teacher(
         settings.path,

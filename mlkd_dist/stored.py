@@ -27,14 +27,32 @@ from mlkd_dist import commit
 from mlkd_dist.config import UserError
 from mlkd_dist.head import TopKRows
 from mlkd_dist.tasks import Batch, Said
-from mlkd_dist.trace import VECTOR_READS, Trace
+from mlkd_dist.trace import LOGIT_READS, VECTOR_READS, Needs, Trace
 
 INDEX, BEGUN = "index.safetensors", "begun.json"
+# The columns of logits that there may be.
+LOGITS = ("gaps", "ids", "rest", "logits")
 # Entries up to which two bytes name one.
 SHORT_IDS = 2**16
 AGAIN = "run `mlkd cache` with this config"
 # What is kept beside logits: of a layer, or of the whole model. Vectors are one per sample.
 STATE = re.compile(r"(?:layer (\d+) )?(\w+)")
+
+
+def state_names(needs: Needs) -> list[str]:
+    """What of a forward pass is kept beside its logits."""
+    found = [f"layer {i} {name}" for i, names in needs.layers.items() for name in names]
+    return sorted([*found, *(needs.model - LOGIT_READS)])
+
+
+def state_needs(states: list[str]) -> Needs:
+    """The other way round."""
+    needs = Needs()
+    for state in states:
+        layer, name = STATE.fullmatch(state).groups()
+        own = frozenset({name})
+        needs = needs.union(Needs(own) if layer is None else Needs(layers={int(layer): own}))
+    return needs
 
 
 def read_state(trace: Trace, state: str) -> Tensor:  # [B, D] or [B, L, D]
@@ -80,12 +98,12 @@ def key_numbers(key: bytes) -> np.ndarray:  # [2] int64
 
 
 class Stored:
-    """A cache that was checked."""
+    """A cache that was checked, and the states that are wanted of it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, states: list[str]):
         found = commit.read_manifest(folder)["plan"]
         self.folder, self.temperatures = folder, tuple(found["temperatures"])
-        self.vocabulary, self.states = found["vocabulary"], found["states"]
+        self.vocabulary, self.states = found["vocabulary"], states
         self.shards = shard_names(folder)
         index = load_file(folder / INDEX)
         self.keys, self.places = index["keys"].numpy(), index["places"].numpy()
@@ -114,16 +132,13 @@ class Stored:
 
     def cut(self, shard: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         """What a shard has of one of its rows."""
-        found = {}
-        for name, column in shard.items():
-            if name in ("keys", "starts", "token_starts"):
-                continue
-            if name in self.states and is_vector(name):
-                start, stop = row, row + 1
-            else:
-                starts = shard["token_starts" if name in self.states else "starts"]
-                start, stop = starts[row : row + 2].tolist()
-            found[name] = column[start:stop]
+        start, stop = shard["starts"][row : row + 2].tolist()
+        found = {name: shard[name][start:stop] for name in LOGITS if name in shard}
+        for name in self.states:
+            start, stop = row, row + 1
+            if not is_vector(name):
+                start, stop = shard["token_starts"][row : row + 2].tolist()
+            found[name] = shard[name][start:stop]
         return found
 
     def attach(self, batch: Batch) -> Batch:
@@ -152,7 +167,7 @@ class Stored:
         """In the order of Batch.label_rows."""
         # Of a batch that is filled up only, the type and width.
         found = [entry for entry in entries if entry is not None] or [self.nothing()]
-        names = [name for name in ("gaps", "ids", "rest") if name in found[0]]
+        names = [name for name in LOGITS if name in found[0]]
         joined = {name: torch.cat([entry[name] for entry in found]) for name in names}
         ids = joined["ids"].int()
         if self.vocabulary <= SHORT_IDS:
@@ -183,8 +198,8 @@ def shard_names(folder: Path) -> list[str]:
 class StoredTeacher:
     """In the place of a Teacher: what it says of a batch came with the batch."""
 
-    def __init__(self, folder: str):
-        self.stored = Stored(Path(folder))
+    def __init__(self, folder: str, states: list[str]):
+        self.stored = Stored(Path(folder), states)
 
     def attach(self, batch: Batch) -> Batch:
         return self.stored.attach(batch)

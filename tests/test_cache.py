@@ -21,7 +21,7 @@ from mlkd_dist.head import top_k_rows
 from mlkd_dist.model import read_config
 from mlkd_dist.preflight import prepared
 from mlkd_dist.run import Run, source
-from mlkd_dist.stored import Stored, StoredTeacher, read_state, row_keys, shard_names
+from mlkd_dist.stored import Stored, StoredTeacher, read_state, row_keys, shard_names, state_needs
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
 
@@ -88,7 +88,7 @@ def test_all_logits_are_those_of_the_teacher(run_of: Callable, task: str, tmp_pa
     run = run_of(task, **changes)
     writing.write_cache(run)
     cache_plan.check_cache(run)
-    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)))
+    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)), [])
     for batch in some_batches(run, 3):
         found, expected = (teacher(stored.attach(batch)) for teacher in (stored, live))
         assert found.logits.shape == expected.logits.shape
@@ -108,7 +108,7 @@ def test_the_largest_logits_are_those_of_the_teacher(
     run = run_of(task, top_k, data__pack=pack, batch__micro_batch=16)
     writing.write_cache(run)
     cache_plan.check_cache(run)
-    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)))
+    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)), [])
     assert len(stored.stored.shards) > 1
     # Three steps of 16 of 17 rows.
     epochs = 1 if task == "causal_lm" else 2
@@ -156,8 +156,8 @@ def test_states_are_those_of_the_teacher(run_of: Callable, task: str, dtype: str
     assert states == ["embedding", "last", "layer 1 mean", f"layer {top} hidden"]
     writing.write_cache(run)
     cache_plan.check_cache(run)
-    stored, settings = StoredTeacher(str(folder_of(run))), run.config.teacher
-    needs = cache_plan.state_needs(states)
+    stored, settings = StoredTeacher(str(folder_of(run)), states), run.config.teacher
+    needs = state_needs(states)
     live = Teacher(settings.path, settings, run.task.model_class, needs, run.world)
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "bf16" else {"rtol": 1e-5, "atol": 2e-6}
     for batch in some_batches(run, 3):
@@ -169,6 +169,10 @@ def test_states_are_those_of_the_teacher(run_of: Callable, task: str, dtype: str
             rows = (slice(2),) if ours.ndim == 2 else (real[:2].nonzero(as_tuple=True))
             torch.testing.assert_close(ours[rows], theirs[rows], **close)
             assert not ours[2].any() and (ours.ndim == 2 or not ours[~real].any())
+    # Nothing is read that no loss of a stage asks for.
+    assert list(StoredTeacher(str(folder_of(run)), ["last"]).attach(batch).stored.states) == [
+        "last"
+    ]
     # Less of it serves; more is refused.
     cache_plan.check_cache(with_losses({"hidden_mse": {"layers": "last"}}))
     more = with_losses(STATES | {"hidden_mse": {"layers": [[1, 0]]}})
@@ -338,7 +342,7 @@ def test_nothing_of_a_shard_is_loaded_before_it_is_read(
     monkeypatch.setattr(writing, "SHARD_ROWS", 4)
     run = run_of("classification")
     writing.write_cache(run)
-    stored = Stored(folder_of(run))
+    stored = Stored(folder_of(run), [])
     (batch,) = [b for i, b in enumerate(some_batches(run, 2)) if i == 0]
     stored.attach(batch)
     assert stored.shard.cache_info().misses == 1
