@@ -14,7 +14,7 @@ from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
 from mlkd_dist.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
 from mlkd_dist.objective import Objective, Peers
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import Trace, capture, layer_modules
+from mlkd_dist.trace import Needs, Trace, capture, layer_modules
 
 # The width of the feed-forward block goes by many names.
 FEED_FORWARD = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")
@@ -237,9 +237,12 @@ class Student(nn.Module):
         rows: dict[str, Tensor] | None = None,
         peers: Peers | None = None,
         index: int = 0,
+        needs: Needs | None = None,
     ) -> Any:
         """The loss of this micro-batch and its share of each term; without `rows`, its sample
-        vectors."""
+        vectors; with `needs`, no more than that of its trace."""
+        if needs is not None:
+            return capture(self.model, self.model, batch.inputs, needs, batch.labels)
         trace = capture(self.model, self.model, batch.inputs, self.objective.needs(0), batch.labels)
         if rows is None:
             return self.objective.student_vectors(trace, self.projections)

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
-from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
+from mlkd_dist.config import (
+    Config,
+    FinetuneConfig,
+    LowRankConfig,
+    RunConfig,
+    StageConfig,
+    UserError,
+    nearest,
+)
 from mlkd_dist.openings import check_open
 from mlkd_dist.prompts import check_generate, check_on_policy
 from mlkd_dist.roles import ROLES
@@ -135,6 +143,8 @@ def check_values(config: Config) -> None:
     for key in ("checkpoint_every", "checkpoint_minutes", "time_limit"):
         if (value := getattr(config.run, key)) is not None:
             above(f"run.{key}", value, 0)
+    check_evaluation("run", config.run)
+    check_rewind(config)
     above("launch.timeout", config.launch.timeout, 0)
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
@@ -151,6 +161,37 @@ def check_values(config: Config) -> None:
         raise UserError(
             f"optim.betas: {betas} is not allowed; give two numbers from 0 to below 1, as in "
             f"[0.9, 0.999]."
+        )
+
+
+def check_evaluation(where: str, given: RunConfig | FinetuneConfig) -> None:
+    one_of(f"{where}.export", given.export, ["last", "best"])
+    if given.evaluate_every is not None:
+        at_least(f"{where}.evaluate_every", given.evaluate_every, 1)
+    elif given.export == "best":
+        raise UserError(
+            f"{where}.export: best is the best of those that were evaluated; set "
+            f"{where}.evaluate_every to a number of steps, or use last."
+        )
+
+
+def check_rewind(config: Config) -> None:
+    rewind, every = config.run.rewind, config.run.checkpoint_every
+    if rewind is None:
+        return
+    above("run.rewind.factor", rewind.factor, 1)
+    at_least("run.rewind.at_most", rewind.at_most, 1)
+    at_least("run.rewind.window", rewind.window, config.log_every)
+    if every is None or every < config.log_every:
+        raise UserError(
+            f"run.rewind: a run goes back to checkpoints that are some number of steps apart, not "
+            f"some minutes; set run.checkpoint_every, now {every}, to log_every "
+            f"({config.log_every}) or more."
+        )
+    if config.teacher.cache is not None and config.task.kind == "masked_lm":
+        raise UserError(
+            "run.rewind: data that are skipped make later epochs, and of masked_lm teacher.cache "
+            "holds as many as the stages need without; remove run.rewind, or teacher.cache."
         )
 
 
@@ -242,6 +283,7 @@ def check_task(config: Config) -> None:
             )
         check_length("teacher.finetune", finetune)
         at_least("teacher.finetune.lr", finetune.lr, 0)
+        check_evaluation("teacher.finetune", finetune)
 
 
 def check_text(config: Config) -> None:

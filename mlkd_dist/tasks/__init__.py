@@ -18,6 +18,8 @@ Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
     collate(rows, keep, tokenizer)         rows -> Batch
     outputs(trace, batch)         per sample results of one batch, a dict of tensors on the CPU
     quality(outputs)              how well the model does by the labels: name -> number
+    loss(outputs)                 {"loss": the mean loss by the labels}; nothing without any
+    decides                       Decides: by which of these numbers one student is the best
     agreement(student, teacher)   how alike two models' outputs are: name -> number
 
 and, where models may be asked to answer the prompts of its rows,
@@ -31,7 +33,7 @@ and, where models may be asked to answer the prompts of its rows,
 import importlib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +51,15 @@ class BadRow(ValueError):
     def __init__(self, wrong: str, remedy: str):
         super().__init__(f"{wrong}; {remedy}.")
         self.wrong, self.remedy = wrong, remedy
+
+
+class Decides(NamedTuple):
+    """The measure by which one student of a run is better than another."""
+
+    measure: str
+    higher: bool = True
+    # Of `agreement`, since there are no labels; else of `quality`.
+    by_teacher: bool = False
 
 
 @dataclass
