@@ -98,8 +98,9 @@ def add_plan(commands: Any) -> None:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="nodes, gpus_per_node, gpu_memory and reserve (GiB), bandwidth (GB/s per GPU), files "
-        "to write (out, json), and settings of the run",
+        help="nodes, gpus_per_node, gpu_memory and reserve (GiB), bandwidth and node_bandwidth "
+        "(GB/s per GPU, to all and inside its node), tflops, files to write (out, json), and "
+        "settings of the run",
     )
 
 

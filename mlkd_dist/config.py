@@ -125,6 +125,9 @@ class TeacherConfig:
     """Type of the weights: fp32 or bf16."""
     zero_stage: int = 3
     """0: every process holds the whole teacher. 3: its weights are sharded over the processes."""
+    shard_group: str = "world"
+    """Over which processes: world (all), or node (those of one node, each of which then holds a
+    whole teacher; its weights cross no network). node needs zero_stage 3."""
     offload: str = "none"
     """Where sharded weights rest: none (on the device) or cpu. Needs zero_stage 3."""
     attention: str = "sdpa"

@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -163,15 +163,36 @@ def barrier() -> None:
 
 
 @contextmanager
-def sharded_loading(zero_stage: int, ds_config: dict[str, Any]) -> Iterator[None]:
-    """While open, `from_pretrained` shards what it loads if the stage is 3. transformers keeps this
-    setting in a process-wide weak reference, so it is held for one load only and cannot leak into
-    the next model."""
+def sharded_loading(
+    zero_stage: int, ds_config: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> Iterator[None]:
+    """While open, `from_pretrained` shards what it loads if the stage is 3, over a group of
+    processes or all. transformers keeps this setting in a process-wide weak reference, so it is
+    held for one load only and cannot leak into the next model."""
     holder = HfDeepSpeedConfig(ds_config) if zero_stage == 3 else None
     try:
-        yield
+        with nullcontext() if holder is None or group is None else inside(group, ds_config):
+            yield
     finally:
         del holder
+
+
+@contextmanager
+def inside(own: dist.ProcessGroup, ds_config: dict[str, Any]) -> Iterator[None]:
+    """While open, models are sharded over a group: of nested Inits, such as transformers' own, the
+    outer one counts for DeepSpeed. transformers has the process of rank 0 read weights, and
+    DeepSpeed hands on what the first of a group has; so in each group the first is rank 0."""
+    rank = dist.get_rank
+
+    def rank_inside(group: dist.ProcessGroup | None = None) -> int:
+        return rank(own if group is None else group)
+
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=own):
+        torch.distributed.get_rank = rank_inside
+        try:
+            yield
+        finally:
+            torch.distributed.get_rank = rank
 
 
 def frozen_config(dtype: str, zero_stage: int, offload: str) -> dict[str, Any]:

@@ -38,7 +38,11 @@ class Evaluator:
     def settings(self, dtype: str, attention: str) -> TeacherConfig:
         teacher = self.config.teacher
         return TeacherConfig(
-            dtype=dtype, attention=attention, zero_stage=teacher.zero_stage, offload=teacher.offload
+            dtype=dtype,
+            attention=attention,
+            zero_stage=teacher.zero_stage,
+            shard_group=teacher.shard_group,
+            offload=teacher.offload,
         )
 
     def __call__(self, path: str, dtype: str, attention: str, timed: bool = True) -> Evaluation:

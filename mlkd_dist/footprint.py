@@ -68,17 +68,21 @@ def trained(
     return States(weights, gradients, optimizer, 0)
 
 
-def frozen(parameters: int, zero_stage: int, width: int, world: int, offload: bool) -> States:
-    """A teacher: w P, at ZeRO 3 w P / N; on the host with offload. No other copy is held."""
-    weights = width * parameters / (world if zero_stage == 3 else 1)
+def frozen(parameters: int, zero_stage: int, width: int, shards: int, offload: bool) -> States:
+    """A teacher: w P, at ZeRO 3 w P over the processes it is sharded over, all or those of a node;
+    on the host with offload. No other copy is held."""
+    weights = width * parameters / (shards if zero_stage == 3 else 1)
     return States(0, 0, 0, weights) if offload else States(weights, 0, 0, 0)
 
 
 def gathered_teacher(size: Size, zero_stage: int, width: int) -> float:
     """At ZeRO 3, weights that are whole at once in a forward pass: the module that runs and what is
-    fetched before its turn, w min(P, largest + prefetch bucket). A trace uses each of them once, so
-    that nothing stays."""
-    return width * min(size.parameters, size.largest + PREFETCH) if zero_stage == 3 else 0
+    fetched before its turn, w min(P, largest + prefetch bucket), and the bucket that they are
+    copied out of, w min(P, prefetch bucket). A trace uses each of them once, so that nothing
+    stays."""
+    ahead = min(size.parameters, PREFETCH)
+    whole = min(size.parameters, size.largest + PREFETCH)
+    return width * (whole + ahead) if zero_stage == 3 else 0
 
 
 def gathered_student(size: Size, zero_stage: int, width: int) -> float:
@@ -93,6 +97,15 @@ def buffers(parameters: int, zero_stage: int, width: int, world: int, bucket: in
     if zero_stage == 0:
         return 0 if world == 1 else width * min(parameters, BUCKET)
     return width * bucket
+
+
+def late(gradients: float, buffers: float, zero_stage: int, grad_accum: int) -> float:
+    """What of both is there at the end of a step's backward pass only. Gradients are dropped after
+    each step, but at ZeRO 3, where they have their place for good, and are kept where they add up
+    over micro-batches. At ZeRO 0 they are copied to be sent once all are there; from ZeRO 1 on the
+    bucket is filled from the begin of the backward pass."""
+    kept = zero_stage == 3 or grad_accum > 1
+    return (0 if kept else gradients) + (buffers if zero_stage == 0 else 0)
 
 
 def activations(
@@ -163,23 +176,25 @@ def step_flops(
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that one process sends in an optimizer step, by rings over all N: a gather or a
+    """Bytes that one process sends in an optimizer step, by rings over N: a gather or a
     reduce-scatter of S bytes sends S (N - 1) / N, an all-reduce twice that."""
 
     teacher: float
     student: float
     samples: float
+    inside: float  # a teacher's, by rings over the processes of one node
 
     @property
     def total(self) -> float:
+        """By rings over all processes."""
         return self.teacher + self.student + self.samples
 
 
 def teacher_wire(
-    parameters: int, zero_stage: int, width: int, world: int, grad_accum: int
+    parameters: int, zero_stage: int, width: int, shards: int, grad_accum: int
 ) -> float:
-    """At ZeRO 3 one gather of all weights per micro-batch."""
-    return ring(grad_accum * width * parameters, world) if zero_stage == 3 else 0
+    """At ZeRO 3 one gather of all weights per micro-batch, among those that share them."""
+    return ring(grad_accum * width * parameters, shards) if zero_stage == 3 else 0
 
 
 def student_wire(

@@ -109,6 +109,7 @@ def load_model(
     attention: str,
     zero_stage: int = 0,
     ds_config: dict[str, Any] | None = None,
+    shard_group: Any = None,
     new_head: bool = False,
     trust_remote_code: bool = False,
     weights: bool = True,
@@ -122,7 +123,7 @@ def load_model(
             f"attention: eager."
         )
     source, more = loadable(model_class, config, trust_remote_code)
-    with sharded_loading(zero_stage, ds_config or {}):
+    with sharded_loading(zero_stage, ds_config or {}, shard_group):
         try:
             model, info = source.from_pretrained(
                 resolve_path(path),

@@ -18,6 +18,7 @@ from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
 from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.nodes import shard_group
 from mlkd_dist.prompts import check_answers_fit
 from mlkd_dist.quarantine import Quarantine
 from mlkd_dist.roles import FAMILIES
@@ -34,6 +35,7 @@ from mlkd_kernels import choose
 def check_start(config: Config, world: World) -> str:
     """What is refused before anything is trained or written, a teacher to fine-tune included;
     returns what the run folder holds."""
+    shard_group(config.teacher.shard_group, world)
 
     def check() -> str:
         found = standing(with_finetuned_teacher(config))

@@ -24,6 +24,7 @@ FREE = (
     "data.workers",
     "data.cache",
     "teacher.zero_stage",
+    "teacher.shard_group",
     "teacher.offload",
     "teacher.attention",
     "teacher.finetune",

@@ -31,6 +31,7 @@ from mlkd_dist.metrics import Metrics, drop_logged
 from mlkd_dist.model import read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.on_policy import Policy, speaks, stage_policy
+from mlkd_dist.replicas import check_replicas
 from mlkd_dist.run import Run, class_count, on_first
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
@@ -118,6 +119,8 @@ def open_stage(
     steps = total_steps(stage, sampler.steps_per_epoch)
     objective = stage_objective(run, stage, student_path)
     teacher = stage_teacher(run, objective, speaks(stage) == "teacher")
+    if isinstance(teacher, Teacher) and world.size > 1:
+        check_replicas(teacher, run)
     # From here on; the teacher is as deep as all its layers need.
     objective.opening = opening(f"stages[{at.stage}]", stage, objective.layers, steps)
     student = Student(trainable(run, student_path), objective)

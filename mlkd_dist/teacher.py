@@ -10,6 +10,7 @@ from transformers import AutoModel
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.engine import World, frozen_config, frozen_engine, gathered
 from mlkd_dist.model import cut_layers, load_model, read_config
+from mlkd_dist.nodes import shard_group
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Needs, Trace, capture
 
@@ -30,6 +31,7 @@ class Teacher:
         if depth is not None and depth < config.num_hidden_layers:
             config = cut_layers(config, list(range(depth)))
         ds_config = frozen_config(settings.dtype, settings.zero_stage, settings.offload)
+        sharded = settings.zero_stage == 3
         self.model = load_model(
             model_class if needs.model & {"logits", "head"} else AutoModel,
             path,
@@ -38,6 +40,7 @@ class Teacher:
             attention=settings.attention,
             zero_stage=settings.zero_stage,
             ds_config=ds_config,
+            shard_group=shard_group(settings.shard_group, world) if sharded else None,
             trust_remote_code=trust_remote_code,
         )
         self.model.requires_grad_(False).eval()

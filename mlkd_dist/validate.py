@@ -95,6 +95,12 @@ def check_values(config: Config) -> None:
             "gradients to shard, so use 0 (whole on every process) or 3 (weights sharded)."
         )
     one_of("student.zero_stage", config.student.zero_stage, [0, 1, 2, 3])
+    one_of("teacher.shard_group", config.teacher.shard_group, ["world", "node"])
+    if config.teacher.shard_group == "node" and config.teacher.zero_stage == 0:
+        raise UserError(
+            "teacher.shard_group: node needs sharding; set teacher.zero_stage=3, or leave it out: "
+            "at zero_stage 0 every process has the whole teacher."
+        )
     for who, model in (("teacher", config.teacher), ("student", config.student)):
         if model.offload == "cpu" and model.zero_stage == 0:
             raise UserError(

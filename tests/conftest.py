@@ -211,8 +211,16 @@ def launch(configs: list[dict], folder: Path, world: int = 1) -> None:
     start("many_runs.py", [*map(str, paths)], folder, world)
 
 
-def start(program: str, words: list[str], folder: Path, world: int = 1) -> None:
-    """A program of this folder in `world` processes; the output is shown where one fails."""
+def start(
+    program: str,
+    words: list[str],
+    folder: Path,
+    world: int = 1,
+    per_node: int | None = None,
+    limit: float = 540,
+) -> None:
+    """A program of this folder in `world` processes, which may believe to be on several nodes; the
+    output is shown where one fails, or takes more seconds than the limit."""
     from mlkd_dist.engine import free_port
 
     shared = {
@@ -224,12 +232,13 @@ def start(program: str, words: list[str], folder: Path, world: int = 1) -> None:
     }
     processes = []
     for rank in range(world):
-        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        local = rank % (per_node or world)
+        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(local)}
         command = [sys.executable, str(ROOT / "tests" / program), *words]
         log = (folder / f"rank{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=540) for process in processes]
+        codes = [process.wait(timeout=limit) for process in processes]
     finally:
         for process in processes:
             process.kill()

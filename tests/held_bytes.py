@@ -1,7 +1,7 @@
-"""What DeepSpeed's student engine holds on the first of N processes, N being torch's fake process
-group: `held_bytes.py N`. One line of JSON per ZeRO stage and type."""
+"""What DeepSpeed's engines hold and send on the first of N processes, N being torch's fake process
+group: `held_bytes.py N`. One line of JSON per ZeRO stage, type and number of micro-batches of a
+student, and one per type and group of a teacher."""
 
-import gc
 import json
 import os
 import sys
@@ -9,9 +9,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from held import held
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import get_scheduler
+from wire import counted, total
 
 from mlkd_dist import config as configs
 from mlkd_dist import engine
@@ -24,37 +26,51 @@ warnings.simplefilter("ignore")
 BUCKET = 300_000
 
 
-def held() -> int:
-    """Bytes of all tensors that live, shared memory once."""
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if not isinstance(thing, torch.Tensor):
-            continue
-        for tensor in (thing, thing.grad if thing.is_leaf else None):
-            if tensor is not None and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+def matrices(dtype: str) -> nn.Sequential:
+    made = [nn.Linear(512, 512, bias=False) for _ in range(8)]
+    return nn.Sequential(*made).to(engine.DTYPES[dtype])
 
 
-def measure(zero_stage: int, dtype: str) -> dict[str, object]:
+def trained(zero_stage: int, dtype: str, accum: int) -> dict[str, object]:
     config = configs.Config()
     config.student.zero_stage, config.student.dtype = zero_stage, dtype
+    config.batch.grad_accum = accum
     config.deepspeed = {"zero_optimization": {"reduce_bucket_size": BUCKET}}
     if zero_stage == 3:
         config.deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    before = held()
-    matrices = [nn.Linear(512, 512, bias=False) for _ in range(8)]
-    module = nn.Sequential(*matrices).to(engine.DTYPES[dtype])
-    made = engine.student_engine(module, config, lambda o: get_scheduler("constant", o), 1e-3)
     x = torch.randn(4, 512, dtype=engine.DTYPES[dtype])
-    for _ in range(2):
-        engine.backward(made, made(x).float().square().sum())
-        with_gradients = held() - before
-        made.step()
-    found = {"zero_stage": zero_stage, "dtype": dtype, "with_gradients": with_gradients}
-    found |= {"rests": held() - before, "parameters": 8 * 512 * 512, "bucket": BUCKET}
+    before = held()
+    module = matrices(dtype)
+    made = engine.student_engine(module, config, lambda o: get_scheduler("constant", o), 1e-3)
+    for last in (False, True):
+        with counted() as sent:
+            with_gradients = 0
+            for _ in range(accum):
+                engine.backward(made, made(x).float().square().sum())
+                with_gradients = max(with_gradients, held() - before if last else 0)
+                made.step()
+    found = {"zero_stage": zero_stage, "dtype": dtype, "accum": accum}
+    found |= {"with_gradients": with_gradients, "rests": held() - before}
+    found |= {"sent": total(sent), "kinds": sorted({each.kind for each in sent if each.size > 1e4})}
+    made.destroy()
+    return found
+
+
+def frozen(dtype: str, shards: int) -> dict[str, object]:
+    """A teacher at ZeRO 3 over the first processes."""
+    config = engine.frozen_config(dtype, 3, "none")
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    x = torch.randn(4, 512, dtype=engine.DTYPES[dtype])
+    before = held()
+    with engine.inside(dist.new_group(range(shards)), config):
+        module = matrices(dtype).requires_grad_(False)
+    made = engine.frozen_engine(module, config)
+    # In the first two passes DeepSpeed compares the order of the layers.
+    for _ in range(3):
+        with torch.no_grad(), counted() as sent:
+            made(x)
+    found = {"shards": shards, "dtype": dtype, "rests": held() - before, "sent": total(sent)}
+    found["ranks"] = max(len(each.ranks) for each in sent)
     made.destroy()
     return found
 
@@ -65,6 +81,9 @@ engine.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 engine.deepspeed.init_distributed(
     "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=False
 )
+about = {"parameters": 8 * 512 * 512, "bucket": BUCKET}
 for stage in (0, 1, 2, 3):
-    for dtype in ("fp32", "bf16"):
-        print(json.dumps(measure(stage, dtype)), flush=True)
+    for dtype, accum in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
+        print(json.dumps(about | trained(stage, dtype, accum)), flush=True)
+for dtype, shards in (("fp32", WORLD), ("bf16", WORLD), ("bf16", min(8, WORLD))):
+    print(json.dumps(about | frozen(dtype, shards)), flush=True)

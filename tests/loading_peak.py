@@ -5,21 +5,14 @@ environment describes; prints by how many bytes the memory that is this process'
 import sys
 import threading
 import time
-from pathlib import Path
 
+from held import own_bytes
 from transformers import AutoModelForCausalLM
 
 from mlkd_dist import engine
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
-
-
-def own_bytes() -> int:
-    """Without the pages of files, which the system takes back when it needs them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("RssAnon"))
-    return int(kilobytes) * 1024
 
 
 def watch() -> None:

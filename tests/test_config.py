@@ -233,6 +233,12 @@ REFUSED: dict[str, list[str]] = {
     "teacher.zero_stage=1": ["teacher.zero_stage: 1", "frozen", "0", "3"],
     "teacher.zero_stage=2": ["teacher.zero_stage: 2", "frozen", "0", "3"],
     "student.zero_stage=4": ["student.zero_stage: 4", "0, 1, 2, 3"],
+    "teacher.shard_group=machine": ["teacher.shard_group: 'machine'", "world, node"],
+    "teacher.shard_group=none": ["teacher.shard_group: 'none'", "world, node"],
+    "teacher.shard_group=node teacher.zero_stage=0": [
+        "teacher.shard_group: node",
+        "teacher.zero_stage=3",
+    ],
     "teacher.offload=cpu teacher.zero_stage=0": ["teacher.offload", "teacher.zero_stage=3"],
     "student.offload=cpu student.zero_stage=0": ["student.offload", "offload=none"],
     "student.offload=nvme": ["student.offload: 'nvme'", "none, cpu"],

@@ -33,7 +33,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         hosts.end()
 
 
-def started(hosts: Hosts, folder: Path, names: list[str], words: list[str]) -> subprocess.Popen:
+def started(
+    hosts: Hosts, folder: Path, names: list[str], words: list[str], **more: str
+) -> subprocess.Popen:
     """hostfile.sh on node1, with `names` in its hostfile."""
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
     # DeepSpeed carries no folder with a space, such as that of .ci/run, and goes by its real name.
@@ -50,6 +52,7 @@ def started(hosts: Hosts, folder: Path, names: list[str], words: list[str]) -> s
         MLKD_CACHE=os.environ.get("MLKD_CACHE", ""),
         OMP_NUM_THREADS=1,
         GRACE=10,
+        **more,
     )
     return subprocess.Popen(
         hosts.on(0, "env", f"--chdir={work}", f"{folder}/root/launch/hostfile.sh", *words),
@@ -125,3 +128,49 @@ def test_a_port_that_is_taken_is_named(hosts: Hosts, tmp_path: Path) -> None:
         other.wait()
     (line,) = err.splitlines()
     assert running.returncode == 2 and "node1 has a program at port 29500" in line and not out
+
+
+def losses(lines: list[dict]) -> list[dict]:
+    return [{key: row[key] for key in row if key.startswith("loss/")} for row in lines]
+
+
+def test_a_host_that_is_cut_off_ends_all_and_the_run_goes_on_after(
+    hosts: Hosts, tmp_path: Path
+) -> None:
+    folder, timeout = tmp_path / "run", 60
+    words = [f"{tmp_path}/root/configs/quickstart.yaml", *FEW, f"run.dir={folder}"]
+    words += ["stages[0].steps=40", "run.checkpoint_every=10", f"launch.timeout={timeout}"]
+    running = started(hosts, tmp_path, ["node1", "node2"], words)
+    try:
+        until = time.monotonic() + PATIENCE
+        # Some steps after the first checkpoint.
+        while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < 14:
+            assert running.poll() is None and time.monotonic() < until, running.communicate()
+            time.sleep(0.2)
+        hosts.inside(hosts.firsts[1], "ip link set eth0 down")
+        begun = time.monotonic()
+        out, err = running.communicate(timeout=PATIENCE)
+        took = time.monotonic() - begun
+        # On the host that nobody reaches they end by themselves.
+        while left := hosts.at_work("mlkd_dist.distill"):
+            assert time.monotonic() - begun < timeout + 90, left
+            time.sleep(0.5)
+    finally:
+        hosts.inside(hosts.firsts[1], "ip link set eth0 up")
+        running.kill()
+    assert running.returncode not in (0, 2, 75), err
+    assert "hostfile.sh: error: the connection to node2 broke off." in err, err
+    # ssh gives up after 30 s; GRACE; one ssh that does not answer.
+    assert took < 120
+    before = logged(folder)
+    saved = int(sorted(path.name for path in (folder / "checkpoints").glob("step-*"))[-1][5:])
+    assert 10 <= saved < len(before) <= 40
+    (tmp_path / "again").mkdir()
+    again = started(hosts, tmp_path / "again", ["node1", "node2"], words)
+    out, err = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, out + err
+    assert f"resuming from step {saved}" in out + err, out + err
+    after = logged(folder)
+    assert [line["step"] for line in after] == list(range(42))
+    # What was trained between the checkpoint and the end is trained once more.
+    assert losses(after[: len(before)]) == losses(before)
