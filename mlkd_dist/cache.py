@@ -23,12 +23,12 @@ from mlkd_dist.cache_shard import Shard
 from mlkd_dist.commit import MANIFEST, PARTIAL, Rejected
 from mlkd_dist.config import UserError
 from mlkd_dist.data import batches
-from mlkd_dist.engine import gather_objects
+from mlkd_dist.engine import DTYPES, gather_objects
 from mlkd_dist.model import read_config
 from mlkd_dist.run import Run, alone, on_first, told, user_errors
 from mlkd_dist.settings import differences
 from mlkd_dist.signals import say
-from mlkd_dist.stored import BEGUN, INDEX, SHORT_IDS, shard_names
+from mlkd_dist.stored import BEGUN, INDEX, SHORT_IDS, is_vector, shard_names, state_needs
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
 
@@ -138,15 +138,18 @@ def unit_of(name: str) -> int:
 def pieces_of(run: Run, wanted: dict[str, Any]) -> list[Piece]:
     """The rows of all epochs, cut by their number and largest size alone."""
     rows, length = len(run.train), run.config.data.max_length
+    config = read_config(run.config.teacher.path, run.config.trust_remote_code)
     if wanted["vocabulary"]:
         ids = 2 if wanted["vocabulary"] <= SHORT_IDS else 4
         k = min(run.config.teacher.cache.top_k, wanted["vocabulary"])
         size = length * (k * (2 + ids) + 4 * len(wanted["temperatures"]))
     else:
-        config = read_config(run.config.teacher.path, run.config.trust_remote_code)
         size = (
             4 * config.num_labels * (length if run.config.task.kind == "question_answering" else 1)
         )
+    for state in wanted["states"]:
+        values = config.hidden_size * (1 if is_vector(state) else length)
+        size += values * DTYPES[run.config.teacher.dtype].itemsize
     at_once = max(1, min(SHARD_BYTES // size, max(SHARD_ROWS, -(-rows // SHARDS))))
     return [
         (first, min(first + at_once, rows), epoch)
@@ -167,6 +170,7 @@ def make_shards(
     shared = [[None if unit is None else pieces[unit] for unit in own] for own in turns]
     order = Ranges(shared, config.batch.evaluation, world.rank)
     needs = Needs(frozenset({"head" if run.task.vocabulary else "logits"}))
+    needs = needs.union(state_needs(wanted["states"]))
     settings, trust = config.teacher, config.trust_remote_code
     teacher = Teacher(settings.path, settings, run.task.model_class, needs, world, trust)
     made, shard = batches(run.train, order, 0, order.steps, collate(run)), Shard(wanted)
@@ -247,6 +251,8 @@ def described(folder: Path, missing: list[int] | None) -> str:
         f"{made['rows']:,} rows, {found['tokens']:,} rows of logits, "
         f"{found['bytes'] / 1e6:,.1f} MB, {found['bytes'] / tokens:,.0f} bytes each"
     )
+    if made["states"]:
+        text += f", with {', '.join(made['states'])}"
     if not made["vocabulary"]:
         return f"{text}."
     k, temperature = made["settings"]["teacher.cache.top_k"], made["temperatures"][0]

@@ -5,17 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlkd_dist import commit, verify
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import Sampler, batches
+from mlkd_dist.engine import World
 from mlkd_dist.fingerprints import model, tokenizer
 from mlkd_dist.model import read_config
+from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.run import Run, on_first, source, told, user_errors
 from mlkd_dist.schedule import total_steps
 from mlkd_dist.settings import differences, flat
-from mlkd_dist.stored import AGAIN, BEGUN, Stored, row_keys
+from mlkd_dist.stored import AGAIN, BEGUN, Stored, row_keys, state_names
+from mlkd_dist.student import starting_config
 from mlkd_dist.tasks import Batch
+from mlkd_dist.trace import Needs
 
 # What the teacher's logits depend on, beside its weights, the tokenizer and the data.
 SETTINGS = (
@@ -50,6 +56,7 @@ def plan(run: Run) -> dict[str, Any]:
         "data": run.train._fingerprint,
         "rows": len(run.train),
         "vocabulary": found.get(VOCABULARY),
+        "states": states(config),
         "temperatures": temperatures(config) if run.task.vocabulary else [],
         "epochs": epochs(run),
     }
@@ -59,6 +66,20 @@ def temperatures(config: Config) -> list[float]:
     """Those of the losses that read logits: the bucket of all others is a sum for each of them."""
     readers = (stage.losses.get("soft_labels") for stage in config.stages)
     return sorted({float(options["temperature"]) for options in readers if options is not None})
+
+
+def states(config: Config) -> list[str]:
+    """What the losses read of the teacher beside its logits, by their names in its files."""
+    teacher = read_config(config.teacher.path, config.trust_remote_code)
+    student, theirs = (
+        Widths(found.hidden_size, found.num_hidden_layers)
+        for found in (starting_config(config), teacher)
+    )
+    nowhere, needs = World(0, 1, 0, torch.device("meta")), Needs()
+    for stage in config.stages:
+        made = Objective(stage.losses, stage.layers, student, theirs, config.kernels, nowhere)
+        needs = needs.union(made.needs(1))
+    return state_names(needs)
 
 
 def epochs(run: Run) -> int:
@@ -76,7 +97,7 @@ def epochs(run: Run) -> int:
 
 
 def changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """How one plan differs from another, but for its data, temperatures and epochs."""
+    """How one plan differs from another, but for its data, temperatures, states and epochs."""
     return differences(theirs["settings"], ours["settings"]) + [
         f"what {key} holds"
         for key, mark in ours["fingerprints"].items()
@@ -116,6 +137,8 @@ def check_plan(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
     changed = changes(theirs, ours)
     if missing := sorted(set(ours["temperatures"]) - set(theirs["temperatures"])):
         changed.append(f"soft_labels.temperature: {theirs['temperatures']} -> {missing}")
+    if missing := sorted(set(ours["states"]) - set(theirs["states"])):
+        changed.append(f"what the losses read: {', '.join(missing)} is not there")
     if ours["epochs"] > theirs["epochs"]:
         changed.append(
             f"epochs, each of which hides other tokens: {theirs['epochs']} -> {ours['epochs']}"
@@ -131,7 +154,7 @@ def check_plan(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
 
 def other_rows(run: Run, folder: Path, epochs: int) -> list[str]:
     """That the data have rows which the cache does not know: they may be a part of its own."""
-    stored, missing, first = Stored(folder), 0, None
+    stored, missing, first = Stored(folder, []), 0, None
     for epoch in range(epochs):
         order = Ranges([[(0, len(run.train), epoch)]], 64)
         for (batch,) in batches(run.train, order, 0, order.steps, collate(run)):

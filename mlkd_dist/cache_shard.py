@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlkd_dist import commit
 from mlkd_dist.head import TopKRows, top_k_rows
-from mlkd_dist.stored import SHORT_IDS, row_keys
+from mlkd_dist.stored import SHORT_IDS, is_vector, read_state, row_keys
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Trace
 
@@ -24,6 +24,7 @@ class Shard:
     plan: dict[str, Any]
     keys: list[bytes] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
     outside: float = 0.0
     """Sum over the tokens of the teacher's probability of the entries that are not kept."""
@@ -31,6 +32,7 @@ class Shard:
     def add(self, batch: Batch, trace: Trace) -> None:
         """`batch` on the CPU, where it is what a key is made of."""
         self.keys += [key for key in row_keys(batch) if key is not None]
+        self.keep_states(batch, trace)
         if self.plan["vocabulary"]:
             self.counts += batch.label_keep.sum(1)[batch.keep].tolist()
             self.put(**self.largest(batch, trace))
@@ -42,6 +44,17 @@ class Shard:
                 rows = logits[:, real[row]].mT if logits.ndim == 2 else logits.unsqueeze(0)
                 self.counts.append(len(rows))
                 self.put(logits=rows)
+
+    def keep_states(self, batch: Batch, trace: Trace) -> None:
+        """As the model has them, without the padding."""
+        real = batch.inputs["attention_mask"].bool()
+        rows = batch.keep.nonzero().flatten().tolist()
+        self.tokens += real[rows].sum(1).tolist()
+        for state in self.plan["states"]:
+            found = read_state(trace, state).cpu()
+            for row in rows:
+                kept = found[row : row + 1] if is_vector(state) else found[row][real[row]]
+                self.put(**{state: kept})
 
     def put(self, **columns: Tensor | None) -> None:
         for name, column in columns.items():
@@ -72,6 +85,8 @@ class Shard:
         keys = np.frombuffer(b"".join(self.keys), dtype=np.int64).reshape(-1, 2)
         tensors["keys"] = torch.from_numpy(keys.copy())
         tensors["starts"] = torch.tensor([0, *np.cumsum(self.counts)], dtype=torch.int64)
+        if self.plan["states"]:
+            tensors["token_starts"] = torch.tensor([0, *np.cumsum(self.tokens)], dtype=torch.int64)
         partial = folder / f"shard-{unit:05d}{commit.PARTIAL}"
         save_file(tensors, partial, metadata={"outside": repr(self.outside)})
         ((_, seal),) = commit.seal_files(folder, [partial.name]).items()

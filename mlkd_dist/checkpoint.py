@@ -2,7 +2,8 @@
 
 A checkpoint within a stage holds what trains: fp32 weights, Adam's moments, counters, random
 numbers. One at the end of a stage holds what the next stage starts with: the exported student and
-its projections. Nothing in either is code, and the teacher is in neither.
+its projections. The best student of a run that evaluates is kept beside them as it would be
+exported. Nothing in any of them is code, and the teacher is in none.
 """
 
 import os
@@ -20,9 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mlkd_dist import commit, verify
 from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import Engine, World, gather_objects, whole_weights
+from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
+from mlkd_dist.run import on_first
 from mlkd_dist.shards import read_shards, shapes, write_shard
+from mlkd_dist.signals import say
 
 PROJECTIONS = "projections.safetensors"
 
@@ -51,6 +54,9 @@ class Position:
     """The checkpoint at the end of the stage before; None in the first stage."""
     name: str | None = None
     """The checkpoint of this very place; None at the start of a stage."""
+    skip: int = 0
+    """Steps of this stage whose data the run went back to be without: those of step k are the data
+    of k + skip."""
 
     @property
     def done(self) -> int:
@@ -66,6 +72,14 @@ class Checkpoints:
     keep: int
     facts: dict[str, Any] = field(default_factory=dict)
     """What every manifest says of the run: its settings, fingerprints, versions."""
+    exports: str = "last"
+    """`run.export`."""
+    best: dict[str, Any] | None = None
+    """name, step, measure and value of the best student of the stage that is running."""
+    every: int | None = None
+    """Steps between those that the run may go back to; None where it does not."""
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+    """How often it went back: stage, to, spike, skipped (steps), loss and usual."""
 
     @property
     def root(self) -> Path:
@@ -109,14 +123,47 @@ class Checkpoints:
                 return []
             export(model, weights, tokenizer, folder / "export")
             save_file(maps, folder / PROJECTIONS)
-            return [path.relative_to(folder).as_posix() for path in files_below(folder)]
+            return files_below(folder)
 
         name = self.commit(at, write, {"stage_done": True})
         self.publish(name)
         return Position(at.stage + 1, 0, at.done, start=name)
 
+    def save_best(
+        self, found: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Keep the student as it is now, which `found` tells of, as the best so far."""
+        weights = whole_weights(model)
+
+        def write(folder: Path) -> list[str]:
+            if not self.world.first:
+                return []
+            export(model, weights, tokenizer, folder / "export")
+            return files_below(folder)
+
+        name = commit.best_name(found["step"])
+        self.seal(name, write, found | {"start": None})
+        self.best = {"name": name, **found}
+        self.agreed((lambda: commit.prune_best(self.root, name)) if self.world.first else nothing)
+
+    def sound(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The best student that a manifest names, if it is what was written."""
+        if best is None:
+            return None
+        try:
+            verify.verified(self.root, self.world, best["name"])
+        except Rejected as error:
+            say(f"warning: {best['name']}, the best student so far, is not used: {error}.")
+            return None
+        return best
+
     def publish(self, name: str) -> None:
-        """Make the student of a stage that is done the run's export."""
+        """Make the student of a stage that is done the run's export: its last or its best one.
+        Where no best one was kept, as in every stage but the last, it is the last."""
+        if self.exports == "best":
+            made = on_first(self.world, lambda: commit.told(self.root / name))
+            best = self.sound(made.get("best"))
+            name = name if best is None else best["name"]
 
         def swap() -> None:
             partial, folder = self.folder / "export.partial", self.folder / "export"
@@ -133,9 +180,28 @@ class Checkpoints:
     def commit(
         self, at: Position, write: Callable[[Path], list[str]], facts: dict[str, Any]
     ) -> str:
-        """`write` puts the files of this process into a folder and returns their names. Raises
-        NotSaved on all processes where one of them fails."""
+        """A checkpoint at `at`, and which one is the best so far."""
         name = commit.step_name(at.done)
+        self.seal(
+            name,
+            write,
+            facts
+            | {
+                "stage": at.stage,
+                "stage_step": at.step,
+                "step": at.done,
+                # What is whole in itself needs no other.
+                "start": None if facts["stage_done"] else at.start,
+                "best": self.best,
+                "rewinds": self.rewinds,
+            },
+        )
+        self.agreed(self.prune if self.world.first else nothing)
+        return name
+
+    def seal(self, name: str, write: Callable[[Path], list[str]], facts: dict[str, Any]) -> None:
+        """Commit and verify what `write` makes: it puts the files of this process into a folder and
+        returns their names. Raises NotSaved on all processes where one of them fails."""
         partial = self.root / (name + commit.PARTIAL)
         self.agreed((lambda: commit.begin(self.root, name)) if self.world.first else nothing)
         try:
@@ -144,28 +210,50 @@ class Checkpoints:
             if self.world.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        facts |= {
-            "stage": at.stage,
-            "stage_step": at.step,
-            "step": at.done,
-            # What is whole in itself needs no other.
-            "start": None if facts["stage_done"] else at.start,
-            "files": {file: seal for files in sealed for file, seal in files.items()},
-        }
-        manifest = self.facts | facts
+        files = {file: seal for files in sealed for file, seal in files.items()}
+        manifest = self.facts | facts | {"files": files}
         self.agreed(
             (lambda: commit.commit(self.root, name, manifest)) if self.world.first else nothing
         )
-        self.prune(name, manifest)
-        return name
-
-    def prune(self, name: str, manifest: dict[str, Any]) -> None:
-        """Remove what is old, now that a newer checkpoint verifies."""
         try:
             verify.check(self.root, self.world, name, manifest)
         except Rejected as error:
             raise NotSaved(f"{name} was damaged while it was written: {error}") from error
-        self.agreed((lambda: commit.prune(self.root, self.keep)) if self.world.first else nothing)
+
+    def prune(self) -> None:
+        """Remove what is old, now that a newer checkpoint verifies."""
+        # The newest of them may lie within the line of the log that shows a spike.
+        regular = [name for name in commit.names(self.root) if self.is_regular(name)]
+        commit.prune(self.root, self.keep, regular[:2])
+        commit.prune_best(self.root, self.best["name"] if self.best else "")
+
+    def is_regular(self, name: str) -> bool:
+        """Whether a run that is never stopped makes it, too."""
+        return self.every is not None and commit.step_of(name) % self.every == 0
+
+    def regular(self, at: Position, latest: int) -> list[str]:
+        """Those of the stage of `at` that the run may go back to, the newest first, up to the one
+        after `latest` steps; that at the end of the stage before is one."""
+        found = broadcast_object(commit.names(self.root) if self.world.first else None)
+        return [
+            name
+            for name in found
+            if at.first_step <= commit.step_of(name) <= latest
+            and (self.is_regular(name) or commit.step_of(name) == at.first_step)
+        ]
+
+    def go_back(self, name: str, manifest: dict[str, Any], rewind: dict[str, Any]) -> Position:
+        """Make this checkpoint the newest again, one that knows of this and all earlier rewinds;
+        returns where the run goes on."""
+        self.rewinds, self.best = [*self.rewinds, rewind], manifest.get("best")
+        manifest = manifest | {"rewinds": self.rewinds}
+
+        def write() -> None:
+            commit.go_back(self.root, name, manifest)
+            commit.prune_best(self.root, self.best["name"] if self.best else "")
+
+        self.agreed(write if self.world.first else nothing)
+        return position(manifest)
 
     def agreed(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on every process. Where it fails on one, NotSaved on all."""
@@ -216,11 +304,14 @@ def nothing() -> None:
 
 def position(manifest: dict[str, Any]) -> Position:
     """Where a run goes on from this checkpoint."""
-    name = commit.step_name(manifest["step"])
-    if manifest["stage_done"]:
-        return Position(manifest["stage"] + 1, 0, manifest["step"], start=name)
+    name, done = commit.step_name(manifest["step"]), manifest["stage_done"]
+    stage = manifest["stage"] + done
+    rewinds = manifest.get("rewinds", [])
+    skip = sum(rewind["skipped"] for rewind in rewinds if rewind["stage"] == stage)
+    if done:
+        return Position(stage, 0, manifest["step"], start=name, skip=skip)
     first_step = manifest["step"] - manifest["stage_step"]
-    return Position(manifest["stage"], manifest["stage_step"], first_step, manifest["start"], name)
+    return Position(stage, manifest["stage_step"], first_step, manifest["start"], name, skip)
 
 
 def layout(engine: Engine, world: World) -> list[int]:
@@ -251,8 +342,9 @@ def export(
     tokenizer.save_pretrained(folder)
 
 
-def files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def files_below(folder: Path) -> list[str]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in found]
 
 
 def load_projections(projections: nn.ModuleDict, path: Path) -> None:

@@ -2,6 +2,7 @@
 
     checkpoints/
       LATEST                   name of the last one committed, for people and scripts
+      best-000030/             the best student so far, as a model folder, by its step
       step-000040/             one checkpoint: the number of optimizer steps that are done
         manifest.json          what it is, and size and hash of every other file
         rank-00000.safetensors ...
@@ -25,7 +26,7 @@ from typing import Any
 import xxhash
 
 MANIFEST, LATEST, PARTIAL, REJECTED = "manifest.json", "LATEST", ".partial", ".rejected"
-STEP = re.compile(r"step-(\d{6,})")
+STEP, BEST = re.compile(r"step-(\d{6,})"), re.compile(r"best-(\d{6,})")
 # At most one folder deep, and no name that leads elsewhere.
 FILE = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 FORMAT = 1
@@ -41,6 +42,10 @@ def reached(point: str) -> None:
 
 def step_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def best_name(step: int) -> str:
+    return f"best-{step:06d}"
 
 
 def begin(root: Path, name: str) -> Path:
@@ -68,7 +73,8 @@ def seal_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def commit(root: Path, name: str, manifest: dict[str, Any]) -> None:
-    """From here on the checkpoint is there; `manifest` has its sealed files under `files`."""
+    """From here on the checkpoint is there; `manifest` has its sealed files under `files`. LATEST
+    names those to go on from."""
     folder = root / (name + PARTIAL)
     write_whole(folder / MANIFEST, manifest_text(manifest))
     reached("manifest")
@@ -79,9 +85,10 @@ def commit(root: Path, name: str, manifest: dict[str, Any]) -> None:
     os.rename(folder, root / name)
     reached("renamed")
     sync(root)
-    write_whole(root / LATEST, name + "\n")
-    reached("latest")
-    sync(root)
+    if STEP.fullmatch(name):
+        write_whole(root / LATEST, name + "\n")
+        reached("latest")
+        sync(root)
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -164,12 +171,12 @@ def reject(root: Path, name: str) -> None:
     os.rename(root / name, root / (name + REJECTED))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` and what these start from, and older rubbish. The caller has
-    verified the newest."""
+def prune(root: Path, keep: int, also: Iterable[str] = ()) -> None:
+    """Remove all but the newest `keep`, those in `also` and what these start from, and older
+    rubbish. The caller has verified the newest."""
     newest, *_ = found = names(root)
-    kept = set(found[:keep])
-    kept |= {base for name in kept if (base := start_of(root / name))}
+    kept = {*found[:keep], *also}
+    kept |= {base for name in kept if (base := told(root / name).get("start"))}
     for path in sorted(root.iterdir()):
         name, _, ending = path.name.partition(".")
         if not STEP.fullmatch(name) or (not ending and name in kept):
@@ -184,12 +191,41 @@ def prune(root: Path, keep: int) -> None:
     reached("pruned")
 
 
-def start_of(folder: Path) -> str | None:
-    """The checkpoint that holds the model folder which this one's stage began with."""
+def prune_best(root: Path, best: str) -> None:
+    """Remove all best students but `best` and those that were it when a checkpoint was made: a run
+    may go on from there."""
+    known = {best, *((told(root / name).get("best") or {}).get("name") for name in names(root))}
+    for path in sorted(root.iterdir()):
+        name, _, ending = path.name.partition(".")
+        if BEST.fullmatch(name) and (ending or name not in known):
+            if not ending:
+                os.rename(path, path := root / (name + PARTIAL))
+            remove(path)
+
+
+def go_back(root: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Make a checkpoint the newest again, with another manifest of the same files."""
+    for newer in names(root):
+        if step_of(newer) > step_of(name):
+            os.rename(root / newer, root / (newer + PARTIAL))
+            remove(root / (newer + PARTIAL))
+    reached("gone back")
+    # Written beside the folder, in which there is nothing that its manifest does not name.
+    written = root / f"{name}.{MANIFEST}"
+    write_whole(written, manifest_text(manifest))
+    os.rename(written, root / name / MANIFEST)
+    sync(root / name)
+    reached("rewound")
+    write_whole(root / LATEST, name + "\n")
+    sync(root)
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What a manifest says; nothing where it cannot be read."""
     try:
-        return read_manifest(folder).get("start")
+        return read_manifest(folder)
     except Rejected:
-        return None
+        return {}
 
 
 def remove(folder: Path) -> None:

@@ -25,6 +25,18 @@ class UserError(ValueError):
 
 
 @dataclass
+class RewindConfig:
+    factor: float = 4.0
+    """A logged loss/total of more than so many times the usual one is a spike. The usual one is the
+    median of those of the last `window` steps."""
+    window: int = 100
+    """Steps that must have been logged before a loss is compared with them: of the same stage, with
+    the same losses and layers."""
+    at_most: int = 3
+    """How often a run goes back; one more spike ends it."""
+
+
+@dataclass
 class RunConfig:
     dir: str = "runs/run"
     """Folder that receives everything the run writes."""
@@ -43,10 +55,20 @@ class RunConfig:
     each stage and when the run is stopped."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    evaluate_every: int | None = None
+    """Optimizer steps of a stage between two evaluations of the student on the held-out rows; one
+    more follows its last step. Does not change its weights. Default: none before the report."""
+    export: str = "last"
+    """Which student of the last stage becomes the run's export: last, or best by the task's own
+    measure (accuracy, spearman, f1, perplexity) of those that evaluate_every has seen there."""
     time_limit: float | None = None
     """Minutes after its start at which the program saves, stops and exits with 75."""
     max_skipped: int = 10
     """So many steps in a row without a finite loss and gradient stop the run."""
+    rewind: RewindConfig | None = None
+    """After a spike of the loss, go back to the newest checkpoint of checkpoint_every before it and
+    on from there, without the data of the steps that led to it. Default: do not. A teacher that is
+    fine-tuned first never does."""
     compare_maps: bool = False
     """The report also tells how far the student's attention maps are from its teacher's, summed
     over layers, where both have as many heads."""
@@ -71,6 +93,10 @@ class FinetuneConfig:
     """Passes over the training data; give either steps or epochs."""
     lr: float = 5e-5
     """Peak learning rate."""
+    evaluate_every: int | None = None
+    """As run.evaluate_every, of the fine-tuning."""
+    export: str = "last"
+    """As run.export: which of its states is the teacher."""
     dir: str | None = None
     """Run folder of the fine-tuning; default `<run.dir>-teacher`. A finished one made by the same
     settings is reused."""
@@ -93,8 +119,8 @@ class TeacherConfig:
     finetune: FinetuneConfig | None = None
     """Fine-tune `path` on the task's labels first and distil from the result."""
     cache: CacheConfig | None = None
-    """Train from what `mlkd cache` wrote of the teacher, which is then not in memory; for the
-    loss soft_labels alone."""
+    """Train from what `mlkd cache` wrote of the teacher, which is then not in memory: for the loss
+    soft_labels, and beside it those on hidden states."""
     dtype: str = "bf16"
     """Type of the weights: fp32 or bf16."""
     zero_stage: int = 3

@@ -36,6 +36,7 @@ from mlkd_dist.run import (
 )
 from mlkd_dist.signals import REQUEUE, SIGNALLED, leave, say, tell
 from mlkd_dist.stage import run_stage, stopped
+from mlkd_dist.validation import Validation
 from mlkd_dist.versions import check_versions, refuse_different, versions
 from mlkd_dist.waiting import lost_contact
 from mlkd_dist.watch import Desynchronised, Diverged, Stopped, Watch
@@ -142,18 +143,27 @@ def whole_run(config: Config, world: World, found: str, compare: bool) -> None:
 
         evaluated = before() if compare and at.done == 0 else None
         with SIGNALLED.deferred():
-            train(run, checkpoints, at, student_path)
+            train(run, checkpoints, at, student_path, evaluator)
         report(evaluator, evaluated or (before() if compare else None))
 
 
-def train(run: Run, checkpoints: Checkpoints, at: Position, student_path: str) -> None:
+def train(
+    run: Run, checkpoints: Checkpoints, at: Position, student_path: str, evaluator: Evaluator
+) -> None:
     """Each stage loads the student that the one before left, and inherits no optimizer state."""
     watch = Watch(run.config.run, run.world)
-    stages = run.config.stages
+    stages, settings = run.config.stages, run.config.run
+    left = at.stage < len(stages)
+    validation = Validation(evaluator) if settings.evaluate_every and left else None
     while at.stage < len(stages):
-        at = run_stage(run, stages[at.stage], at, student_path, checkpoints, watch)
+        at = run_stage(run, stages[at.stage], at, student_path, checkpoints, watch, validation)
         if watch.stop:
             raise Stopped(stopped(at))
+    if settings.export == "best" and checkpoints.best is None:
+        say(
+            "warning: no student is known to be the best, by an evaluation with a finite measure "
+            "and files that are sound; the export is the last one."
+        )
 
 
 def finetune_teacher(config: Config, world: World) -> None:

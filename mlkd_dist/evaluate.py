@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlkd_dist.answers import Answers
-from mlkd_dist.commit import write_whole
+from mlkd_dist.commit import names, told, write_whole
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import DTYPES, all_reduce, barrier, gather_objects
@@ -21,7 +22,7 @@ from mlkd_dist.run import Run
 from mlkd_dist.shapes import shape
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
-from mlkd_dist.trace import Needs
+from mlkd_dist.trace import Needs, Trace
 
 # What a model said of every held-out row, and what the report tells of it.
 Evaluation = tuple[dict[str, Tensor], dict[str, Any]]
@@ -73,7 +74,7 @@ class Evaluator:
         for (batch,) in batches(self.run.held_out, sampler, 0, steps, self.collate):
             yield batch.to(self.world.device)
 
-    def outputs(self, model: Teacher) -> dict[str, Tensor]:
+    def outputs(self, model: Callable[[Batch], Trace]) -> dict[str, Tensor]:
         found = [self.task.outputs(model(batch), batch) for batch in self.batches()]
         # Processes take turns within a step, so going through steps first gives the rows in their
         # order.
@@ -162,6 +163,14 @@ def table(columns: dict[str, dict[str, Any]], batch: int) -> str:
     return "\n".join(lines)
 
 
+def best_student(folder: Path) -> dict[str, Any] | None:
+    """Which one the last stage of a run that is done had, by its last checkpoint."""
+    root = folder / "checkpoints"
+    newest = next(iter(names(root)), None)
+    found = told(root / newest).get("best") if newest else None
+    return found and {key: found[key] for key in ("step", "measure", "value")}
+
+
 def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
     """report.json and a table: the teacher beside the student before and after."""
     run = evaluator.run
@@ -181,14 +190,20 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         if maps is not None:
             found["student"][1]["agreement"]["attention_kl"] = maps
         columns = {name: facts for name, (_, facts) in found.items()}
-        told = {name.replace(" ", "_"): facts for name, facts in columns.items()}
-        told["held_out_rows"] = len(run.held_out)
-        told["bad_rows"] = run.quarantine.counts
+        facts = {name.replace(" ", "_"): facts for name, facts in columns.items()}
+        if best := best_student(run.folder):
+            facts["best"] = best
+        facts["held_out_rows"] = len(run.held_out)
+        facts["bad_rows"] = run.quarantine.counts
         if evaluator.answers.examples:
-            told["answered_rows"] = len(evaluator.answers.examples)
-        write_whole(run.folder / "report.json", json.dumps(told, indent=2) + "\n")
+            facts["answered_rows"] = len(evaluator.answers.examples)
+        write_whole(run.folder / "report.json", json.dumps(facts, indent=2) + "\n")
         print(f"\n{table(columns, config.batch.evaluation)}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")
+        if best:
+            print(
+                f"best while training: {best['measure']} {best['value']:.4f}, step {best['step']}"
+            )
         if ranks_of(read_config(str(run.folder / "export"))):
             print(HOW_TO_LOAD.replace("\n", " "))
         print(f"curves: tensorboard --logdir {run.folder / 'tb'}", flush=True)

@@ -28,6 +28,8 @@ def finetune_config(config: Config) -> Config:
     settings = config.teacher.finetune or FinetuneConfig(epochs=1)
     own = copy.deepcopy(config)
     own.run.dir, own.run.compare_maps, own.data.train_rows = folder(config), False, None
+    own.run.evaluate_every, own.run.export = settings.evaluate_every, settings.export
+    own.run.rewind = None
     own.student = StudentConfig(path=config.teacher.path, attention=config.teacher.attention)
     own.student.zero_stage, own.student.dtype = config.student.zero_stage, config.student.dtype
     own.teacher = TeacherConfig(path=None, zero_stage=config.teacher.zero_stage)
@@ -76,6 +78,11 @@ def finished(own: Config) -> bool:
     ]
     if ours["run"]["seed"] != theirs["run"]["seed"]:
         different.append("run.seed")
+    if ours["run"]["export"] != theirs["run"]["export"]:
+        different.append("export")
+    elif own.run.export == "best":
+        if ours["run"]["evaluate_every"] != theirs["run"]["evaluate_every"]:
+            different.append("evaluate_every")
     if different:
         raise UserError(
             f"teacher.finetune: {own.run.dir!r} holds a teacher that was fine-tuned with other "

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ class Clock:
         return total
 
 
+@dataclass
+class Line:
+    """One line of the log, alike on all processes."""
+
+    steps: int  # that it is of
+    loss: float  # loss/total
+    counted: list[str]  # the losses and layers that counted
+
+
 class Metrics:
     """One stage of a run; steps are counted over all stages."""
 
@@ -76,10 +86,12 @@ class Metrics:
         self.sums = torch.zeros(len(terms), device=world.device)
         self.samples = torch.zeros((), device=world.device)
         self.since, self.pending = time.perf_counter(), 0
+        # What the last step has logged, if it did.
+        self.line: Line | None = None
         # What counts now: terms, and layers as Objective.open_layers tells them.
         self.open_terms, self.open_layers = terms, {}
         # What else is to be logged of so many steps.
-        self.more: Callable[[int], dict[str, float]] = lambda steps: {}
+        self.more: list[Callable[[int], dict[str, float]]] = []
         self.terminal = sys.stderr.isatty()
         if world.first:
             self.file = (folder / "metrics.jsonl").open("a")
@@ -116,6 +128,7 @@ class Metrics:
         counted in it. With `flush` it is logged, whatever the interval."""
         self.samples += samples
         self.pending += 1
+        self.line = None
         if self.world.first:
             self.bar.update()
         if flush or (step + 1) % self.log_every == 0 or step + 1 == self.steps:
@@ -127,9 +140,12 @@ class Metrics:
         values = (all_reduce(self.sums) / self.pending).cpu()
         seconds = time.perf_counter() - self.since
         teacher = self.teacher_clock.seconds()
-        norm, more = engine.get_global_grad_norm(), self.more(self.pending)
+        norm, total = engine.get_global_grad_norm(), float((values * self.weights).sum())
+        more = {key: value for of in self.more for key, value in of(self.pending).items()}
+        counted = [*self.open_terms, *(key for key, open in self.open_layers.items() if open)]
+        self.line = Line(self.pending, total, counted)
         if self.world.first:
-            row = {"loss/total": float((values * self.weights).sum())}
+            row = {"loss/total": total}
             row |= {
                 f"loss/{name}": float(value)
                 for name, value in zip(self.terms, values, strict=True)
@@ -150,6 +166,21 @@ class Metrics:
         self.sums.zero_()
         self.samples.zero_()
         self.since, self.pending = time.perf_counter(), 0
+
+    def validated(self, step: int, measured: dict[str, float], seconds: float) -> None:
+        """What the held-out rows say of the student after step number `step` of this stage; the
+        `seconds` that it took are not those of the steps."""
+        self.since += seconds
+        if not self.world.first:
+            return
+        row = {f"validation/{name}": value for name, value in measured.items()}
+        row = {key: value if finite(value) else None for key, value in row.items()}
+        self.write(self.first_step + step, row)
+        told = "  ".join(
+            f"{name} {'-' if row[f'validation/{name}'] is None else format(value, '.4g')}"
+            for name, value in measured.items()
+        )
+        self.bar.write(f"{self.stage} {step + 1}/{self.steps}  validation: {told}")
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         head = {"step": step, "stage": self.stage}
@@ -195,22 +226,25 @@ def finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def drop_logged(folder: Path, done: int) -> None:
+def drop_logged(folder: Path, done: int, rewinds: list[dict[str, Any]]) -> None:
     """Remove from metrics.jsonl what steps after the first `done` have written: they are made
-    again."""
+    again. The lines about `rewinds` are made anew, so that each is there once."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
-            logged = json.loads(line)["step"]
+            row = json.loads(line)
+            logged, rewound = row["step"], "rewind/to" in row
         except (ValueError, KeyError, TypeError):
             # The line that was being written when the run ended.
             continue
-        if logged < done:
-            kept.append(line)
-    write_whole(path, "".join(kept))
+        if logged < done and not rewound:
+            kept.append((logged, line))
+    kept += [(row["step"], json.dumps(row) + "\n") for row in rewinds]
+    kept.sort(key=lambda pair: pair[0])
+    write_whole(path, "".join(line for _, line in kept))
 
 
 def peak_gib(device: torch.device) -> float:

@@ -124,7 +124,7 @@ class Objective:
         self.world, self.student, self.teacher = world, student, teacher
         # Which terms count at the present step; None: all of them.
         self.opening: Opening | None = None
-        self.reach = Reach()
+        self.reach = Reach(name for name, options in losses.items() if options["weight"] == 0)
         self.terms = [
             Term(name, options, backend, self.pairs_of(name, options, layers), vocabulary)
             for name, options in losses.items()
@@ -265,8 +265,12 @@ class Objective:
 
     def student_vectors(self, trace: Trace, projections: nn.ModuleDict) -> dict[str, Tensor]:
         """What the terms over the batch read of the student, in the width that they compare."""
+
+        def read(term: Term) -> Tensor:
+            return self.reach.shown(term.name, None, self.vector(term, trace))
+
         return {
-            term.name: self.projected(term, projections)(self.vector(term, trace)).float()
+            term.name: self.projected(term, projections)(read(term)).float()
             for term in self.batch_terms
         }
 
@@ -293,6 +297,7 @@ class Objective:
         share of each term ([terms], without weights) for the logs: the shares of a step sum to the
         terms of the global batch."""
         losses, shares = [], []
+        self.reach.rows = {term.name: rows[term.divisor] for term in self.terms}
         at_head = self.head_sums(student, teacher, batch)
         for term in self.terms:
             if not self.is_open(term):
@@ -308,7 +313,9 @@ class Objective:
             losses.append(term.options["weight"] * sums / rows[term.divisor])
             shares.append(share.detach() / rows[term.divisor])
         idle = self.idle_projections(projections)
-        return torch.stack([*losses, *idle]).sum(), torch.stack(shares)
+        total = torch.stack([*losses, *idle]).sum()
+        self.reach.total(total)
+        return total, torch.stack(shares)
 
     def idle_projections(self, projections: nn.ModuleDict) -> list[Tensor]:
         """A zero, with a gradient of zero, from each projection that no open term uses: where a
@@ -336,12 +343,16 @@ class Objective:
         """The sum over the rows of this micro-batch of a term over traces or layers."""
         weight = self.row_weight(term, batch)
         if term.schema.scope == "trace":
-            read = (student, teacher) if term.schema.teacher else (student,)
+            ours = self.reach.shown(term.name, None, student)
+            read = (ours, teacher) if term.schema.teacher else (ours,)
             extra = (self.projected(term, projections),) if term.schema.projection else ()
             return weighted_sum(term.function(*read, *extra), weight)
         total, pairs = torch.zeros((), device=weight.device), self.open_pairs(term)
         for ours, theirs in pairs:
-            read = (student.layers[ours], teacher.layers[theirs])
+            read = (
+                self.reach.shown(term.name, ours, student.layers[ours]),
+                teacher.layers[theirs],
+            )
             extra = (self.projected(term, projections, ours),) if term.schema.projection else ()
             part = weighted_sum(term.function(*read, *extra), weight)
             self.reach.check(term.name, ours, part)
@@ -365,7 +376,13 @@ class Objective:
                 theirs = None if teacher is None else teacher.top_k
                 if theirs is None and any(term.schema.teacher for term in terms):
                     theirs = stack.enter_context(teacher.head.opened(entering(teacher)))
-                return torch.stack([t.function(ours, theirs, weight, labels) for t in terms])
+                read = [self.reach.shown(term.name, None, ours) for term in terms]
+                return torch.stack(
+                    [
+                        t.function(r, theirs, weight, labels)
+                        for t, r in zip(terms, read, strict=True)
+                    ]
+                )
 
         found = student.head.within(entering(student), sums)
         return dict(zip([term.name for term in terms], found.unbind(), strict=True))

@@ -27,6 +27,7 @@ from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.student import cut_config
 from mlkd_dist.trace import check_readable, layer_modules
+from mlkd_dist.validation import undecided
 from mlkd_kernels import choose
 
 
@@ -103,9 +104,20 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
         if config.task.kind == "regression":
             check_one_output(run, student_path)
         check_weights(run, student_path)
+        check_held_out(run)
 
     on_first(world, user_errors(read_and_check))
     return read()
+
+
+def check_held_out(run: Run) -> None:
+    """That the held-out rows can tell one student from another, where they are to."""
+    kind, every = run.config.task.kind, run.config.run.evaluate_every
+    if every is not None and (lacking := undecided(kind, run.held_out)):
+        raise UserError(
+            f"run.evaluate_every: {every} is given, but {lacking}; name others as data.validation, "
+            f"or remove it."
+        )
 
 
 def read_task(config: Config) -> Any:

@@ -11,13 +11,18 @@ from mlkd_dist.fingerprints import fingerprints
 from mlkd_dist.metrics import drop_logged
 from mlkd_dist.run import UNFINISHED, Run, make_folder, on_first, told, user_errors
 from mlkd_dist.settings import differences, global_batch, mathematics
+from mlkd_dist.spikes import rows
 from mlkd_dist.versions import versions
 
 
 def open_run(run: Run, found: str) -> tuple[str, Checkpoints, Position]:
     """The model folder that the run starts from, its checkpoints, and where it goes on; `found` is
     what `run.standing` said of its folder. All processes call this."""
-    checkpoints = Checkpoints(run.folder, run.world, run.config.run.keep_checkpoints)
+    settings = run.config.run
+    checkpoints = Checkpoints(
+        run.folder, run.world, settings.keep_checkpoints, exports=settings.export
+    )
+    checkpoints.every = settings.checkpoint_every if settings.rewind else None
     manifest = checkpoints.newest() if found == UNFINISHED else None
     student_path = run.config.student.path or str(run.folder / "student")
     if manifest is not None:
@@ -35,6 +40,8 @@ def open_run(run: Run, found: str) -> tuple[str, Checkpoints, Position]:
         checkpoints.facts = on_first(run.world, user_errors(lambda: facts(run, student_path)))
         return student_path, checkpoints, Position()
     at = position(manifest)
+    checkpoints.best = checkpoints.sound(manifest.get("best"))
+    checkpoints.rewinds = manifest.get("rewinds", [])
     say(run, f"resuming from step {at.done}, stage {at.stage + 1} of {len(run.config.stages)}.")
     go_on(run, checkpoints, at)
     return student_path, checkpoints, at
@@ -45,7 +52,7 @@ def go_on(run: Run, checkpoints: Checkpoints, at: Position) -> None:
 
     def write() -> None:
         configs.save(run.config, run.folder / "config.yaml")
-        drop_logged(run.folder, at.done)
+        drop_logged(run.folder, at.done, rows(checkpoints.rewinds, run.config.stages))
 
     on_first(run.world, user_errors(write))
     if at.start is not None:

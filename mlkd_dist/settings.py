@@ -43,7 +43,15 @@ def mathematics(config: Config) -> dict[str, Any]:
     settings = flat(asdict(config))
     free = {key for key in settings if key in PATHS or any(below(key, name) for name in FREE)}
     settings = {key: value for key, value in settings.items() if key not in free}
-    return settings | {"run.seed": config.run.seed}
+    settings |= {"run.seed": config.run.seed}
+    if config.run.rewind is None:
+        return settings
+    # When a run goes back, and to where.
+    settings |= flat({"run.rewind": asdict(config.run.rewind)})
+    return settings | {
+        "run.checkpoint_every": config.run.checkpoint_every,
+        "log_every": config.log_every,
+    }
 
 
 def global_batch(config: Config, processes: int) -> dict[str, int]:

@@ -27,18 +27,20 @@ from mlkd_dist.engine import (
     student_config,
     student_engine,
 )
-from mlkd_dist.metrics import Metrics
+from mlkd_dist.metrics import Metrics, drop_logged
 from mlkd_dist.model import read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.on_policy import Policy, speaks, stage_policy
-from mlkd_dist.run import Run, class_count
+from mlkd_dist.run import Run, class_count, on_first
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.signals import say
-from mlkd_dist.stored import StoredTeacher
+from mlkd_dist.spikes import Spikes, go_back, rows
+from mlkd_dist.stored import StoredTeacher, state_names
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace
+from mlkd_dist.validation import Validation
 from mlkd_dist.waiting import PATIENCE, wait_at_most
 from mlkd_dist.watch import Diverged, Stopped, Watch
 from mlkd_kernels import choose
@@ -62,6 +64,8 @@ class Opened:
     kept: dict[str, Stateful]
     """What else a checkpoint of this stage carries."""
     policy: Policy | None
+    validation: Validation | None
+    spikes: Spikes | None
 
 
 def run_stage(
@@ -71,16 +75,26 @@ def run_stage(
     student_path: str,
     checkpoints: Checkpoints,
     watch: Watch,
+    validation: Validation | None,
 ) -> Position:
-    """One stage from `at` to the exported student; returns where the next one starts."""
-    opened = open_stage(run, stage, at, student_path, checkpoints)
+    """One stage from `at` to the exported student; returns where the next one starts, or where in
+    this one to go on after a spike."""
+    if at.name is None:
+        # The stage before had other losses.
+        checkpoints.best = None
+    opened = open_stage(run, stage, at, student_path, checkpoints, validation)
     watch.begin_stage(opened.engine.skipped_steps)
-    run_steps(run, opened, at, checkpoints, watch)
+    back = run_steps(run, opened, at, checkpoints, watch)
     opened.metrics.close()
     student = opened.student
-    at = checkpoints.save_stage_end(
-        replace(at, step=opened.steps), student.model, student.projections, run.tokenizer
-    )
+    if back is not None:
+        at = back
+        logged = rows(checkpoints.rewinds, run.config.stages)
+        on_first(run.world, lambda: drop_logged(run.folder, at.done, logged))
+    else:
+        at = checkpoints.save_stage_end(
+            replace(at, step=opened.steps), student.model, student.projections, run.tokenizer
+        )
     watch.has_saved()
     if opened.teacher is not None:
         opened.teacher.close()
@@ -89,7 +103,12 @@ def run_stage(
 
 
 def open_stage(
-    run: Run, stage: StageConfig, at: Position, student_path: str, checkpoints: Checkpoints
+    run: Run,
+    stage: StageConfig,
+    at: Position,
+    student_path: str,
+    checkpoints: Checkpoints,
+    validation: Validation | None,
 ) -> Opened:
     """The models and whatever else the stage needs, as they are at `at`."""
     config, world = run.config, run.world
@@ -112,21 +131,46 @@ def open_stage(
     metrics = stage_metrics(run, stage, at, objective, steps)
     kept: dict[str, Stateful] = {"opening": objective.opening} if objective.opening else {}
     if policy is not None:
-        kept["policy"], metrics.more = policy, policy.logged
+        kept["policy"] = policy
+        metrics.more.append(policy.logged)
+    spikes = None
+    if config.run.rewind is not None:
+        kept["spikes"] = spikes = Spikes(config.run.rewind, config.log_every)
+        metrics.more.append(lambda steps: {"rewinds": len(checkpoints.rewinds)})
+    if validation is not None:
+        kept["validation"] = validation
     if at.name is not None:
         metrics.go_on(checkpoints.load(at, engine, kept))
-    return Opened(steps, sampler, objective, teacher, student, engine, metrics, kept, policy)
+    return Opened(
+        steps,
+        sampler,
+        objective,
+        teacher,
+        student,
+        engine,
+        metrics,
+        kept,
+        policy,
+        validation,
+        spikes,
+    )
 
 
 def run_steps(
     run: Run, opened: Opened, at: Position, checkpoints: Checkpoints, watch: Watch
-) -> None:
+) -> Position | None:
+    """Those that are left from `at` on; returns where to go back to after a spike."""
     engine, metrics = opened.engine, opened.metrics
     # The groups of the engines, too. Within the first step kernels are built, which takes one
     # process longer than another.
     wait_at_most(PATIENCE)
-    for step, micro_batches in enumerate(step_batches(run, opened, at.step), at.step):
-        watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step))
+    if opened.validation is not None and opened.validation.owed:
+        evaluate(opened, at, checkpoints)
+    if opened.spikes is not None and at.done == 0 and at.name is None:
+        # Of every later stage the start is there.
+        save(at, engine, metrics, opened.kept, checkpoints, watch)
+    for step, micro_batches in enumerate(step_batches(run, opened, at), at.step):
+        watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step + at.skip))
         if opened.policy is not None:
             micro_batches = opened.policy(at.first_step + step, micro_batches)
         train_step(
@@ -141,13 +185,46 @@ def run_steps(
         )
         now = replace(at, step=step + 1)
         after_step(now, engine, checkpoints, watch)
-        if watch.time_to_save and now.step < opened.steps:
-            wait_at_most(PATIENCE)
-            save(now, engine, metrics, opened.kept, checkpoints, watch)
+        if (back := after_spike(opened, now, checkpoints)) is not None:
+            return back
+        if now.step < opened.steps and between_steps(opened, now, checkpoints, watch):
             wait_at_most(run.config.launch.timeout)
         elif step == at.step:
             wait_at_most(run.config.launch.timeout)
     wait_at_most(PATIENCE)
+    if opened.validation is not None:
+        evaluate(opened, replace(at, step=opened.steps), checkpoints)
+    return None
+
+
+def after_spike(opened: Opened, now: Position, checkpoints: Checkpoints) -> Position | None:
+    """Where to go back to, if what the last step has logged is a spike."""
+    spikes, line = opened.spikes, opened.metrics.line
+    if spikes is None or line is None or (usual := spikes.usual(line)) is None:
+        return None
+    wait_at_most(PATIENCE)
+    return go_back(now, line, usual, spikes.settings, checkpoints)
+
+
+def between_steps(opened: Opened, now: Position, checkpoints: Checkpoints, watch: Watch) -> bool:
+    """Evaluates and saves where it is time to, and tells whether it was. What is asked to stop must
+    not wait: it evaluates when it goes on."""
+    validation = opened.validation
+    due = validation is not None and validation.due(now)
+    if not (due or watch.time_to_save):
+        return False
+    wait_at_most(PATIENCE)
+    if due and watch.stop:
+        validation.owed = True
+    elif due:
+        evaluate(opened, now, checkpoints)
+    if watch.time_to_save:
+        save(now, opened.engine, opened.metrics, opened.kept, checkpoints, watch)
+    return True
+
+
+def evaluate(opened: Opened, now: Position, checkpoints: Checkpoints) -> None:
+    opened.validation(now, opened.engine, opened.student, opened.metrics, checkpoints)
 
 
 def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
@@ -155,7 +232,7 @@ def batch_mark(run: Run, sampler: Sampler, step: int) -> int:
     return zlib.crc32(run.train._fingerprint.encode(), sampler.mark(step))
 
 
-def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
+def step_batches(run: Run, opened: Opened, at: Position) -> Iterator[list[Batch]]:
     def collate(rows: list[dict[str, Any]], keep: list[bool]) -> Batch:
         batch = run.task.collate(rows, keep, run.tokenizer)
         if isinstance(opened.teacher, StoredTeacher):
@@ -164,7 +241,8 @@ def step_batches(run: Run, opened: Opened, first: int) -> Iterator[list[Batch]]:
         return batch if opened.policy is None else replace(batch, rows=rows)
 
     workers, pin = run.config.data.workers, run.world.device.type == "cuda"
-    return batches(run.train, opened.sampler, first, opened.steps, collate, workers, pin)
+    steps = at.step + at.skip, opened.steps + at.skip
+    return batches(run.train, opened.sampler, *steps, collate, workers, pin)
 
 
 def stage_sampler(run: Run, at: Position) -> Sampler:
@@ -249,6 +327,7 @@ def train_step(
         student.step()
         metrics.add(shares)
         step_shares.append(shares)
+    objective.reach.verdict()
     changed = objective.end_step(step, torch.stack(step_shares).sum(0))
     metrics.step(student, step, lr, rows["sample"], flush=changed)
 
@@ -321,7 +400,7 @@ def stage_teacher(
         return None
     settings, needs = run.config.teacher, objective.needs(1)
     if settings.cache is not None:
-        return StoredTeacher(settings.cache.dir)
+        return StoredTeacher(settings.cache.dir, state_names(needs))
     # With `whole` it is loaded to its head, whatever is read of it.
     teacher = Teacher(
         settings.path,

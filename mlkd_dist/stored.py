@@ -6,11 +6,14 @@ batch and number of processes. See cache.py for how they are written.
       begun.json                     what its files are made for, also before they are all there
       index.safetensors              keys of all rows, sorted, and where each of them lies
       shard-00000-HASH.safetensors   keys, starts, and of each row that counts
-                                     gaps, ids, rest (the largest logits) or logits (all of them)
+                                     gaps, ids, rest (the largest logits) or logits (all of them);
+                                     token_starts and each state that was asked for, such as
+                                     "layer 11 hidden" of every real token or "mean" of the sample
 
 Files are mapped, not loaded: only what is read of them comes into memory.
 """
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,13 +26,54 @@ from torch import Tensor
 from mlkd_dist import commit
 from mlkd_dist.config import UserError
 from mlkd_dist.head import TopKRows
-from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import Trace
+from mlkd_dist.tasks import Batch, Said
+from mlkd_dist.trace import LOGIT_READS, VECTOR_READS, Needs, Trace
 
 INDEX, BEGUN = "index.safetensors", "begun.json"
+# The columns of logits that there may be.
+LOGITS = ("gaps", "ids", "rest", "logits")
 # Entries up to which two bytes name one.
 SHORT_IDS = 2**16
 AGAIN = "run `mlkd cache` with this config"
+# What is kept beside logits: of a layer, or of the whole model. Vectors are one per sample.
+STATE = re.compile(r"(?:layer (\d+) )?(\w+)")
+
+
+def state_names(needs: Needs) -> list[str]:
+    """What of a forward pass is kept beside its logits."""
+    found = [f"layer {i} {name}" for i, names in needs.layers.items() for name in names]
+    return sorted([*found, *(needs.model - LOGIT_READS)])
+
+
+def state_needs(states: list[str]) -> Needs:
+    """The other way round."""
+    needs = Needs()
+    for state in states:
+        layer, name = STATE.fullmatch(state).groups()
+        own = frozenset({name})
+        needs = needs.union(Needs(own) if layer is None else Needs(layers={int(layer): own}))
+    return needs
+
+
+def read_state(trace: Trace, state: str) -> Tensor:  # [B, D] or [B, L, D]
+    layer, name = STATE.fullmatch(state).groups()
+    if layer is not None:
+        return getattr(trace.layers[int(layer)], name)
+    return trace.vectors[name] if is_vector(state) else getattr(trace, name)
+
+
+def show_state(trace: Trace, state: str, tensor: Tensor) -> None:
+    layer, name = STATE.fullmatch(state).groups()
+    if layer is not None:
+        setattr(trace.layer(int(layer)), name, tensor)
+    elif is_vector(state):
+        trace.vectors[name] = tensor
+    else:
+        setattr(trace, name, tensor)
+
+
+def is_vector(state: str) -> bool:
+    return STATE.fullmatch(state)[2] in VECTOR_READS
 
 
 def row_keys(batch: Batch) -> list[bytes | None]:
@@ -54,12 +98,12 @@ def key_numbers(key: bytes) -> np.ndarray:  # [2] int64
 
 
 class Stored:
-    """A cache that was checked."""
+    """A cache that was checked, and the states that are wanted of it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, states: list[str]):
         found = commit.read_manifest(folder)["plan"]
         self.folder, self.temperatures = folder, tuple(found["temperatures"])
-        self.vocabulary = found["vocabulary"]
+        self.vocabulary, self.states = found["vocabulary"], states
         self.shards = shard_names(folder)
         index = load_file(folder / INDEX)
         self.keys, self.places = index["keys"].numpy(), index["places"].numpy()
@@ -84,20 +128,46 @@ class Stored:
                 f"{AGAIN}."
             )
         shard, row = self.shard(place[0]), place[1]
+        return self.cut(shard, row)
+
+    def cut(self, shard: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+        """What a shard has of one of its rows."""
         start, stop = shard["starts"][row : row + 2].tolist()
-        return {n: x[start:stop] for n, x in shard.items() if n not in ("keys", "starts")}
+        found = {name: shard[name][start:stop] for name in LOGITS if name in shard}
+        for name in self.states:
+            start, stop = row, row + 1
+            if not is_vector(name):
+                start, stop = shard["token_starts"][row : row + 2].tolist()
+            found[name] = shard[name][start:stop]
+        return found
 
     def attach(self, batch: Batch) -> Batch:
         """With what the teacher said of it. On the CPU, also in a loader's process."""
         entries = [None if key is None else self.entry(key) for key in row_keys(batch)]
-        batch.stored = self.largest(entries) if self.vocabulary else self.whole(batch, entries)
+        batch.stored = Said(
+            None if self.vocabulary else self.whole(batch, entries),
+            self.largest(entries) if self.vocabulary else None,
+            {state: self.state(state, batch, entries) for state in self.states},
+        )
         return batch
+
+    def state(
+        self, name: str, batch: Batch, entries: list[dict[str, Tensor] | None]
+    ) -> Tensor:  # [B, D] or [B, L, D]
+        """0 at padding, and for a sample that only fills the batch."""
+        mask, width = batch.inputs["attention_mask"].bool(), self.shard(0)[name].shape[1]
+        shape = (len(mask), width) if is_vector(name) else (*mask.shape, width)
+        states = self.shard(0)[name].new_zeros(shape)
+        for row, (real, entry) in enumerate(zip(mask, entries, strict=True)):
+            if entry is not None:
+                states[row if is_vector(name) else (row, real)] = entry[name]
+        return states
 
     def largest(self, entries: list[dict[str, Tensor] | None]) -> TopKRows:
         """In the order of Batch.label_rows."""
         # Of a batch that is filled up only, the type and width.
         found = [entry for entry in entries if entry is not None] or [self.nothing()]
-        names = [name for name in ("gaps", "ids", "rest") if name in found[0]]
+        names = [name for name in LOGITS if name in found[0]]
         joined = {name: torch.cat([entry[name] for entry in found]) for name in names}
         ids = joined["ids"].int()
         if self.vocabulary <= SHORT_IDS:
@@ -118,7 +188,7 @@ class Stored:
         return logits
 
     def nothing(self) -> dict[str, Tensor]:
-        return {n: x[:0] for n, x in self.shard(0).items() if n not in ("keys", "starts")}
+        return {name: column[:0] for name, column in self.shard(0).items()}
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -128,8 +198,8 @@ def shard_names(folder: Path) -> list[str]:
 class StoredTeacher:
     """In the place of a Teacher: what it says of a batch came with the batch."""
 
-    def __init__(self, folder: str):
-        self.stored = Stored(Path(folder))
+    def __init__(self, folder: str, states: list[str]):
+        self.stored = Stored(Path(folder), states)
 
     def attach(self, batch: Batch) -> Batch:
         return self.stored.attach(batch)
@@ -137,10 +207,9 @@ class StoredTeacher:
     def __call__(self, batch: Batch) -> Trace:
         said = batch.stored
         trace = Trace(batch.inputs["attention_mask"].bool(), heads=0, labels=batch.labels)
-        if isinstance(said, TopKRows):
-            trace.top_k = said
-        else:
-            trace.logits = said
+        trace.logits, trace.top_k = said.logits, said.top_k
+        for state, tensor in said.states.items():
+            show_state(trace, state, tensor)
         return trace
 
     def close(self) -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mlkd_dist.config import FromTeacherConfig, StudentConfig, UserError
+from mlkd_dist.config import Config, FromTeacherConfig, StudentConfig, UserError
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
 from mlkd_dist.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
 from mlkd_dist.objective import Objective, Peers
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import Trace, capture, layer_modules
+from mlkd_dist.trace import Needs, Trace, capture, layer_modules
 
 # The width of the feed-forward block goes by many names.
 FEED_FORWARD = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")
@@ -47,6 +47,15 @@ def cut_config(config: PreTrainedConfig, cut: FromTeacherConfig) -> PreTrainedCo
     """That of the student."""
     picks = picked_layers(cut.layers, config.num_hidden_layers)
     return cut_width(cut_heads(cut_layers(config, picks), cut.heads), cut.hidden)
+
+
+def starting_config(config: Config) -> PreTrainedConfig:
+    """Of the student, before it is cut."""
+    student, trust = config.student, config.trust_remote_code
+    if student.path is not None:
+        return read_config(student.path, trust)
+    teacher = read_config(config.teacher.path, trust)
+    return cut_config(teacher, student.from_teacher or FromTeacherConfig())
 
 
 def picked_layers(layers: int | list[int] | None, teacher_layers: int) -> list[int]:
@@ -228,9 +237,12 @@ class Student(nn.Module):
         rows: dict[str, Tensor] | None = None,
         peers: Peers | None = None,
         index: int = 0,
+        needs: Needs | None = None,
     ) -> Any:
         """The loss of this micro-batch and its share of each term; without `rows`, its sample
-        vectors."""
+        vectors; with `needs`, no more than that of its trace."""
+        if needs is not None:
+            return capture(self.model, self.model, batch.inputs, needs, batch.labels)
         trace = capture(self.model, self.model, batch.inputs, self.objective.needs(0), batch.labels)
         if rows is None:
             return self.objective.student_vectors(trace, self.projections)

@@ -33,7 +33,8 @@ from mlkd_dist.roles import NAMES
 ATTENTION_READS = ("query", "key", "value", "context", "attention_output")
 VECTOR_READS = ("cls", "mean", "last")
 LAYER_READS = (*ATTENTION_READS, "hidden", *VECTOR_READS)
-MODEL_READS = ("embedding", *VECTOR_READS, "logits", "head")
+LOGIT_READS = frozenset({"logits", "head"})
+MODEL_READS = ("embedding", *VECTOR_READS, *sorted(LOGIT_READS))
 
 TAP = "mlkd_tap_"
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mlkd_dist.allowed import above, at_least, one_of, share
-from mlkd_dist.config import Config, LowRankConfig, StageConfig, UserError, nearest
+from mlkd_dist.config import (
+    Config,
+    FinetuneConfig,
+    LowRankConfig,
+    RunConfig,
+    StageConfig,
+    UserError,
+    nearest,
+)
 from mlkd_dist.openings import check_open
 from mlkd_dist.prompts import check_generate, check_on_policy
 from mlkd_dist.roles import ROLES
@@ -26,6 +34,8 @@ TASK_OPTIONS = {
 ONE_TEXT = ["embedding", "masked_lm", "causal_lm"]
 # Tasks with a row of logits per token.
 VOCABULARY = ["masked_lm", "causal_lm"]
+# What teacher.cache may hold of a teacher, as losses read it.
+STORED = ("logits", "embedding", "hidden", "cls", "mean", "last")
 # DeepSpeed keys that other keys of the config already decide.
 OWNED = {
     "train_batch_size": "batch",
@@ -127,6 +137,8 @@ def check_values(config: Config) -> None:
     for key in ("checkpoint_every", "checkpoint_minutes", "time_limit"):
         if (value := getattr(config.run, key)) is not None:
             above(f"run.{key}", value, 0)
+    check_evaluation("run", config.run)
+    check_rewind(config)
     above("launch.timeout", config.launch.timeout, 0)
     share("data.validation_fraction", config.data.validation_fraction)
     if config.data.train_rows is not None:
@@ -143,6 +155,37 @@ def check_values(config: Config) -> None:
         raise UserError(
             f"optim.betas: {betas} is not allowed; give two numbers from 0 to below 1, as in "
             f"[0.9, 0.999]."
+        )
+
+
+def check_evaluation(where: str, given: RunConfig | FinetuneConfig) -> None:
+    one_of(f"{where}.export", given.export, ["last", "best"])
+    if given.evaluate_every is not None:
+        at_least(f"{where}.evaluate_every", given.evaluate_every, 1)
+    elif given.export == "best":
+        raise UserError(
+            f"{where}.export: best is the best of those that were evaluated; set "
+            f"{where}.evaluate_every to a number of steps, or use last."
+        )
+
+
+def check_rewind(config: Config) -> None:
+    rewind, every = config.run.rewind, config.run.checkpoint_every
+    if rewind is None:
+        return
+    above("run.rewind.factor", rewind.factor, 1)
+    at_least("run.rewind.at_most", rewind.at_most, 1)
+    at_least("run.rewind.window", rewind.window, config.log_every)
+    if every is None or every < config.log_every:
+        raise UserError(
+            f"run.rewind: a run goes back to checkpoints that are some number of steps apart, not "
+            f"some minutes; set run.checkpoint_every, now {every}, to log_every "
+            f"({config.log_every}) or more."
+        )
+    if config.teacher.cache is not None and config.task.kind == "masked_lm":
+        raise UserError(
+            "run.rewind: data that are skipped make later epochs, and of masked_lm teacher.cache "
+            "holds as many as the stages need without; remove run.rewind, or teacher.cache."
         )
 
 
@@ -234,6 +277,7 @@ def check_task(config: Config) -> None:
             )
         check_length("teacher.finetune", finetune)
         at_least("teacher.finetune.lr", finetune.lr, 0)
+        check_evaluation("teacher.finetune", finetune)
 
 
 def check_text(config: Config) -> None:
@@ -307,14 +351,15 @@ def check_cache(config: Config) -> None:
     for index, stage in enumerate(config.stages):
         for name in stage.losses:
             schema = loss_schema(name)
-            if schema.teacher and schema.rows != "label":
+            reads = set(schema.read_by(stage.losses[name])) if schema.teacher else set()
+            if unheld := sorted(reads - set(STORED)):
                 raise UserError(
-                    f"stages[{index}].losses.{name}: it reads what is inside the teacher, and "
-                    f"teacher.cache holds its logits only, for soft_labels; remove this loss, or "
-                    f"leave the teacher live with teacher.cache=null."
+                    f"stages[{index}].losses.{name}: it reads the teacher's "
+                    f"{', '.join(unheld)}, and teacher.cache holds {', '.join(STORED)} only; "
+                    f"remove this loss, or leave the teacher live with teacher.cache=null."
                 )
-            read |= schema.teacher
-            if schema.teacher and config.kernels == "triton" and config.task.kind in VOCABULARY:
+            read |= "logits" in reads
+            if "logits" in reads and config.kernels == "triton" and config.task.kind in VOCABULARY:
                 raise UserError(
                     f"kernels: triton, but stages[{index}].losses.{name} has no Triton kernel for "
                     f"the logits in teacher.cache; use auto, which takes the fastest there is for "

@@ -62,7 +62,7 @@ def loss_and_gradient(
 
 
 def main(steps: int) -> None:
-    rows, model = blocks(tokenizer()), untrained()
+    rows, model = blocks(tokenizer(passages())), untrained()
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     train(model, rows, 0, steps // 3)
     student = logits(model, held_out)

@@ -189,12 +189,20 @@ def run_config(
 
 
 def stored_config(
-    folder: Path, teacher: Path, data: dict, task: str, top_k: int | None = None, **changes: Any
+    folder: Path,
+    teacher: Path,
+    data: dict,
+    task: str,
+    top_k: int | None = None,
+    states: dict | None = None,
+    **changes: Any,
 ) -> dict:
-    """Three steps that read no more of the teacher than its logits, from a cache."""
+    """Three steps that read the teacher's logits from a cache, and what the losses in `states` read
+    beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     found = run_config(folder, teacher, data, task, **changes)
-    found["stages"] = [{"name": "one", "steps": 3, "losses": LOGIT_LOSSES}]
+    losses = LOGIT_LOSSES | (states or {})
+    found["stages"] = [{"name": "one", "steps": 3, "losses": losses}]
     found["teacher"]["cache"] = {"dir": str(folder / "stored"), "top_k": top_k}
     return found
 

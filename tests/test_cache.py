@@ -18,9 +18,10 @@ from mlkd_dist.config import UserError, from_mapping
 from mlkd_dist.data import batches
 from mlkd_dist.engine import World
 from mlkd_dist.head import top_k_rows
+from mlkd_dist.model import read_config
 from mlkd_dist.preflight import prepared
 from mlkd_dist.run import Run, source
-from mlkd_dist.stored import Stored, StoredTeacher, row_keys, shard_names
+from mlkd_dist.stored import Stored, StoredTeacher, read_state, row_keys, shard_names, state_needs
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
 
@@ -87,7 +88,7 @@ def test_all_logits_are_those_of_the_teacher(run_of: Callable, task: str, tmp_pa
     run = run_of(task, **changes)
     writing.write_cache(run)
     cache_plan.check_cache(run)
-    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)))
+    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)), [])
     for batch in some_batches(run, 3):
         found, expected = (teacher(stored.attach(batch)) for teacher in (stored, live))
         assert found.logits.shape == expected.logits.shape
@@ -107,7 +108,7 @@ def test_the_largest_logits_are_those_of_the_teacher(
     run = run_of(task, top_k, data__pack=pack, batch__micro_batch=16)
     writing.write_cache(run)
     cache_plan.check_cache(run)
-    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)))
+    live, stored = live_teacher(run), StoredTeacher(str(folder_of(run)), [])
     assert len(stored.stored.shards) > 1
     # Three steps of 16 of 17 rows.
     epochs = 1 if task == "causal_lm" else 2
@@ -129,7 +130,54 @@ def test_the_largest_logits_are_those_of_the_teacher(
             torch.testing.assert_close(said.rest[:, 0].double(), rest, rtol=1e-5, atol=1e-5)
     # A batch of nothing but filled-up slots, as at the end of an epoch.
     batch.keep[:], batch.label_keep[:] = False, False
-    assert len(stored.attach(batch).stored.gaps) == 0
+    assert len(stored.attach(batch).stored.top_k.gaps) == 0
+
+
+STATES = {
+    "embedding_relation": {},
+    "hidden_mse": {"layers": "last"},
+    "cls_cosine": {"layers": [[0, 1]], "of": "mean"},
+    "sample_relation": {"of": "last"},
+}
+
+
+@pytest.mark.parametrize(("task", "dtype"), [("classification", "fp32"), ("causal_lm", "bf16")])
+def test_states_are_those_of_the_teacher(run_of: Callable, task: str, dtype: str) -> None:
+    """Bit for bit where the batch is the same: they are kept in the teacher's own type."""
+
+    def with_losses(losses: dict[str, Any]) -> Run:
+        run = run_of(task, VOCABULARY if task == "causal_lm" else None, states=losses)
+        run.config.teacher.dtype = dtype
+        return run
+
+    run = with_losses(STATES)
+    states = cache_plan.states(run.config)
+    top = read_config(run.config.teacher.path).num_hidden_layers - 1
+    assert states == ["embedding", "last", "layer 1 mean", f"layer {top} hidden"]
+    writing.write_cache(run)
+    cache_plan.check_cache(run)
+    stored, settings = StoredTeacher(str(folder_of(run)), states), run.config.teacher
+    needs = state_needs(states)
+    live = Teacher(settings.path, settings, run.task.model_class, needs, run.world)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "bf16" else {"rtol": 1e-5, "atol": 2e-6}
+    for batch in some_batches(run, 3):
+        found, expected = (teacher(stored.attach(batch)) for teacher in (stored, live))
+        real = batch.inputs["attention_mask"].bool()
+        for name in states:
+            ours, theirs = (read_state(trace, name) for trace in (found, expected))
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            rows = (slice(2),) if ours.ndim == 2 else (real[:2].nonzero(as_tuple=True))
+            torch.testing.assert_close(ours[rows], theirs[rows], **close)
+            assert not ours[2].any() and (ours.ndim == 2 or not ours[~real].any())
+    # Nothing is read that no loss of a stage asks for.
+    assert list(StoredTeacher(str(folder_of(run)), ["last"]).attach(batch).stored.states) == [
+        "last"
+    ]
+    # Less of it serves; more is refused.
+    cache_plan.check_cache(with_losses({"hidden_mse": {"layers": "last"}}))
+    more = with_losses(STATES | {"hidden_mse": {"layers": [[1, 0]]}})
+    with pytest.raises(UserError, match="what the losses read: layer 0 hidden is not there"):
+        cache_plan.check_cache(more)
 
 
 def test_a_key_tells_rows_apart_and_not_their_batches(run_of: Callable) -> None:
@@ -294,7 +342,7 @@ def test_nothing_of_a_shard_is_loaded_before_it_is_read(
     monkeypatch.setattr(writing, "SHARD_ROWS", 4)
     run = run_of("classification")
     writing.write_cache(run)
-    stored = Stored(folder_of(run))
+    stored = Stored(folder_of(run), [])
     (batch,) = [b for i, b in enumerate(some_batches(run, 2)) if i == 0]
     stored.attach(batch)
     assert stored.shard.cache_info().misses == 1

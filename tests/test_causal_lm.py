@@ -222,6 +222,7 @@ def test_measures() -> None:
     quality = task.quality(outputs)
     assert quality["next_token_accuracy"] == 0.5
     assert quality["perplexity"] == pytest.approx(math.exp(-math.log(0.7 * 0.1) / 2), rel=1e-5)
+    assert task.loss(outputs) == {"loss": pytest.approx(-math.log(0.7 * 0.1) / 2, rel=1e-5)}
     other = outputs | {"token": outputs["token"].clone().fill_(0)}
     assert task.agreement(outputs, other) == {"same_token": 0.5}
 

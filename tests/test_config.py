@@ -132,6 +132,20 @@ REFUSED: dict[str, list[str]] = {
     "run.keep_checkpoints=0": ["run.keep_checkpoints: 0", "1 or more"],
     "run.time_limit=0": ["run.time_limit: 0", "more than 0"],
     "run.max_skipped=0": ["run.max_skipped: 0", "1 or more"],
+    "run.rewind={}": ["run.rewind: a run goes back", "set run.checkpoint_every, now None", "(10)"],
+    "run.rewind={} run.checkpoint_every=5": ["run.checkpoint_every, now 5", "(10) or more"],
+    "run.rewind={factor: 1} run.checkpoint_every=50": ["run.rewind.factor: 1", "more than 1"],
+    "run.rewind={window: 5} run.checkpoint_every=50": ["run.rewind.window: 5", "10 or more"],
+    "run.rewind={at_most: 0} run.checkpoint_every=50": ["run.rewind.at_most: 0", "1 or more"],
+    f"{STORED} task.kind=masked_lm run.rewind={{}} run.checkpoint_every=50": [
+        "run.rewind: data that are skipped",
+        "remove run.rewind, or teacher.cache",
+    ],
+    "run.evaluate_every=0": ["run.evaluate_every: 0", "1 or more"],
+    "run.export=newest": ["run.export: 'newest'", "last, best"],
+    "run.export=best": ["run.export: best", "set run.evaluate_every"],
+    "teacher.finetune={steps: 3, export: best}": ["teacher.finetune.export", "evaluate_every"],
+    "teacher.finetune={steps: 3, evaluate_every: 0}": ["teacher.finetune.evaluate_every: 0"],
     "run.dir=[a]": ["run.dir: ['a']", "give text"],
     "optim=3": ["optim: 3", "keys and values of: lr, warmup"],
     "stages=3": ["stages: 3", "give a list"],
@@ -298,8 +312,7 @@ REFUSED: dict[str, list[str]] = {
     STORED: [],
     f"{STORED_LM} teacher.cache.top_k=50257": [],
     "teacher.cache={dir: runs/cache}": [
-        "stages[0].losses.attention_relation: it reads what is inside the teacher",
-        "for soft_labels",
+        "stages[0].losses.attention_relation: it reads the teacher's context, and teacher.cache",
         "teacher.cache=null",
     ],
     "teacher.cache={dir: runs/cache} stages=[{steps: 1, losses: {hard_labels: {}}}]": [
@@ -586,6 +599,15 @@ def test_what_a_run_writes_down_loads_as_the_same_config(folder: Path, tmp_path:
     save(own, tmp_path / "own.yaml")
     assert asdict(load(tmp_path / "own.yaml")) == asdict(own)
     assert own.run.dir == "007-teacher" and own.stages[0].epochs == 0.5
+
+
+def test_a_teacher_is_evaluated_while_it_is_trained_only_where_it_asks_for_it(folder: Path) -> None:
+    changes = ["run.evaluate_every=5", "run.export=best", "teacher.finetune.epochs=1"]
+    own = finetune_config(load(folder / "good.yaml", changes))
+    assert (own.run.evaluate_every, own.run.export) == (None, "last")
+    changes += ["teacher.finetune.evaluate_every=7", "teacher.finetune.export=best"]
+    own = finetune_config(load(folder / "good.yaml", changes))
+    assert (own.run.evaluate_every, own.run.export) == (7, "best")
 
 
 def test_a_run_is_evaluated_where_it_lies(

@@ -9,13 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from conftest import ROOT
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 REMOTE = sorted((LAUNCH / "remote").glob("*.sh"))
+# Whose schemas the manifests must have.
+KUBERNETES = "1.33"
 WORDS = ["configs/quickstart.yaml", "optim.lr=1e-4"]
 # What a test run inherits and the scripts would read.
 FOREIGN = ("SLURM", "PET_", "OMPI", "MASTER", "NCCL", "PROCESSES", "RANK", "WORLD", "OMP", "MLKD")
@@ -390,6 +394,40 @@ def pods(name: str) -> dict[str, dict]:
     assert trainer["command"][-1].endswith("launch/node.sh")
     assert "nvidia.com/gpu" in trainer["resourcesPerNode"]["limits"]
     return {"Worker": pod}
+
+
+# Of an MPIJob v2beta1: block -> what it may say. No package has its schema.
+MPI_JOB = {
+    "spec": "slotsPerWorker runLauncherAsWorker runPolicy mpiReplicaSpecs sshAuthMountPath "
+    "launcherCreationPolicy mpiImplementation",
+    "runPolicy": "cleanPodPolicy ttlSecondsAfterFinished activeDeadlineSeconds backoffLimit "
+    "schedulingPolicy suspend managedBy",
+    "replica": "replicas template restartPolicy",
+}
+
+
+def test_what_the_trainer_gets_is_of_its_schema() -> None:
+    """What a model of the published schema does not know, it leaves out; and the job within is one
+    of Kubernetes'."""
+    path = LAUNCH / "kubernetes" / "trainjob.yaml"
+    runtime, job = yaml.safe_load_all(path.read_text())
+    assert TrainerV1alpha1TrainingRuntime.from_dict(runtime).to_dict() == runtime
+    assert TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    batch = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}}
+    kubernetes_validate.validate(batch | {"spec": node["template"]["spec"]}, KUBERNETES, True)
+
+
+def test_what_the_mpi_operator_gets_is_of_its_schema() -> None:
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "mpijob.yaml").read_text())["spec"]
+    replicas = job["mpiReplicaSpecs"]
+    assert set(replicas) == {"Launcher", "Worker"}
+    blocks = [("spec", job), ("runPolicy", job["runPolicy"])]
+    for name, block in (*blocks, *(("replica", replica) for replica in replicas.values())):
+        assert set(block) <= set(MPI_JOB[name].split()), name
+    for replica in replicas.values():
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}}
+        kubernetes_validate.validate(pod | {"template": replica["template"]}, KUBERNETES, True)
 
 
 @pytest.mark.parametrize("name", ["mpijob.yaml", "trainjob.yaml"])

@@ -320,7 +320,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teachers: dict) -> dict[str, 
     write_pairs(base / "train.jsonl", 17, 0)
     write_pairs(base / "validation.jsonl", 7, 1)
     llama = teachers["causal_lm"]
-    found = {name: config_at(base, name, llama, POLICY) for name in ("zero0", "whole", "killed")}
+    names = ("zero0", "whole", "killed", "zero1", "zero2", "bf16")
+    found = {name: config_at(base, name, llama, POLICY) for name in names}
+    for zero, name in enumerate(("zero1", "zero2", "bf16"), 1):
+        found[name]["student"]["zero_stage"] = min(zero, 2)
+        found[name]["batch"] |= {"micro_batch": 1, "grad_accum": 2}
+    found["bf16"]["student"]["dtype"] = found["bf16"]["teacher"]["dtype"] = "bf16"
     for name in ("whole", "killed"):
         config = found[name]
         config["student"]["zero_stage"] = config["teacher"]["zero_stage"] = 3
@@ -367,7 +372,8 @@ def test_layouts_and_stages_learn_from_the_same_answers(
     shares = [row["on_policy/share"] for row in reference]
     # The last step has rows that only fill it.
     assert set(shares) == {0, 1} and shares[4] == 1
-    check_parity({"alone": ours}, reference)
+    found = {"alone": ours} | {name: rows(runs[name]) for name in ("zero1", "zero2")}
+    check_parity(found, reference)
     for mine, theirs in zip(ours, reference, strict=True):
         assert mine.get("on_policy/length") == theirs.get("on_policy/length")
     first, second = rows(runs["whole"])
@@ -376,6 +382,18 @@ def test_layouts_and_stages_learn_from_the_same_answers(
     for name in ("loss/total", *(f"loss/{name}" for name in LEVELS)):
         mean = sum(row[name] for row in reference[:3]) / 3
         assert first[name] == pytest.approx(mean, rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_models_in_16_bit_learn_from_their_own_answers(runs: dict) -> None:
+    """The same steps, with answers that rounding may have changed."""
+    ours, reference = rows(runs["bf16"]), rows(runs["zero0"])
+    assert len(ours) == len(reference)
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert mine["on_policy/share"] == theirs["on_policy/share"]
+        assert mine.get("on_policy/length", 1) >= 1
+        assert mine["loss/total"] == pytest.approx(theirs["loss/total"], rel=0.5)
+        assert mine["grad_norm"] > 0 and not mine.get("skipped")
 
 
 @pytest.mark.slow

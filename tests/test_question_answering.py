@@ -1,5 +1,6 @@
 """Windows, spans, and the measures of SQuAD against hand-made numbers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -107,6 +108,12 @@ def test_the_best_window_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     right = {name: column[:2] for name, column in outputs.items()}
     assert task.quality(right) == {"em": 100.0, "f1": 100.0}
     assert task.agreement(right, outputs) == {"same_answer": 0.0}
+    # Of the first window: of its tokens one has the score 2, the others 0, for start and end each.
+    tokens, (start, end) = len(rows[0]["input_ids"]), rows[0]["labels"]
+    nothing = math.log(tokens - 1 + math.exp(2))
+    expected = nothing - (start == 10) - (end == 11)
+    first = {name: column[:1] for name, column in outputs.items()}
+    assert task.loss(first) == {"loss": pytest.approx(expected, rel=1e-6)}
     # The same place of the passage through another window is the same answer.
     first = {name: column[:1] for name, column in outputs.items()}
     assert task.agreement(right, first) == {"same_answer": 1.0}

@@ -69,6 +69,8 @@ def test_classification_measures() -> None:
     assert found["accuracy"] == pytest.approx(2 / 3) and found["f1"] == pytest.approx(2 / 3)
     assert found["mcc"] == pytest.approx((1 * 1 - 1 * 0) / np.sqrt(2 * 1 * 2 * 1))
     assert task.agreement(outputs, outputs) == {"same_class": 1.0, "kl": pytest.approx(0, abs=1e-7)}
+    assert task.loss(outputs) == {"loss": pytest.approx(-np.log(0.9 * 0.8 * 0.4) / 3)}
+    assert task.loss(outputs | {"label": torch.full((4,), -100)}) == {}
     flipped = outputs | {"class": 1 - outputs["class"], "log_prob": log_prob.flip(-1)}
     kl = (log_prob.exp() * (log_prob - log_prob.flip(-1))).sum(-1).mean()
     found = task.agreement(flipped, outputs)
@@ -107,6 +109,7 @@ def test_regression_measures() -> None:
     agreement = task.agreement(outputs, outputs | {"value": truth})
     assert agreement["mse"] == pytest.approx((1 + 0.25 + 4 + 4) / 4)
     assert agreement["pearson"] == pytest.approx(found["pearson"])
+    assert task.loss(outputs) == {"loss": agreement["mse"]}
     # The same number for every text has no correlation with anything.
     assert task.quality(outputs | {"value": torch.ones(4)}) == {}
 
@@ -193,3 +196,5 @@ def test_masked_lm_measures() -> None:
     found = task.quality(task.outputs(trace, batch))
     assert found["masked_accuracy"] == 0.5
     assert found["perplexity"] == pytest.approx((0.7 * 0.1) ** -0.5, rel=1e-5)
+    loss = task.loss(task.outputs(trace, batch))["loss"]
+    assert loss == pytest.approx(-np.log(0.7 * 0.1) / 2, rel=1e-5)

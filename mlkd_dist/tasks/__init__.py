@@ -18,6 +18,8 @@ Every task file has a class `Task(settings: TaskConfig, data: DataConfig)` with
     collate(rows, keep, tokenizer)         rows -> Batch
     outputs(trace, batch)         per sample results of one batch, a dict of tensors on the CPU
     quality(outputs)              how well the model does by the labels: name -> number
+    loss(outputs)                 {"loss": the mean loss by the labels}; nothing without any
+    decides                       Decides: by which of these numbers one student is the best
     agreement(student, teacher)   how alike two models' outputs are: name -> number
 
 and, where models may be asked to answer the prompts of its rows,
@@ -30,8 +32,8 @@ and, where models may be asked to answer the prompts of its rows,
 
 import importlib
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +53,31 @@ class BadRow(ValueError):
         self.wrong, self.remedy = wrong, remedy
 
 
+class Decides(NamedTuple):
+    """The measure by which one student of a run is better than another."""
+
+    measure: str
+    higher: bool = True
+    # Of `agreement`, since there are no labels; else of `quality`.
+    by_teacher: bool = False
+
+
+@dataclass
+class Said:
+    """What a teacher said of a batch, before it was asked again: of a Trace, these parts."""
+
+    logits: Tensor | None  # as in a trace
+    top_k: TopKRows | None  # of Batch.label_rows
+    states: dict[str, Tensor] = field(default_factory=dict)  # [B, L, D] or [B, D], see stored.py
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Said":
+        def move(tensor: Any) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        states = {name: move(tensor) for name, tensor in self.states.items()}
+        return Said(move(self.logits), move(self.top_k), states)
+
+
 @dataclass
 class Batch:
     """One micro-batch of one process."""
@@ -65,8 +92,8 @@ class Batch:
     # [n] the places of those that count in labels. Found where the batch is made: on a GPU it would
     # be waited for.
     label_rows: Tensor | None = None
-    # What a teacher said of it before: logits as in a trace, or of label_rows the largest.
-    stored: Tensor | TopKRows | None = None
+    # What a teacher said of it before.
+    stored: Said | None = None
 
     def __post_init__(self) -> None:
         if self.label_rows is None:

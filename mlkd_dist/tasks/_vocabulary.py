@@ -31,6 +31,10 @@ def accuracy(outputs: dict[str, Tensor]) -> float:
     return float((outputs["token"] == outputs["label"]).float().mean())
 
 
+def mean_loss(outputs: dict[str, Tensor]) -> float:
+    return float(outputs["loss"].double().mean())
+
+
 def perplexity(outputs: dict[str, Tensor]) -> float:
     return float(outputs["loss"].double().mean().exp())
 

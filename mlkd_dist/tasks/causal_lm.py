@@ -10,9 +10,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import BROKEN, IGNORE, BadRow, Batch
+from mlkd_dist.tasks import BROKEN, IGNORE, BadRow, Batch, Decides
 from mlkd_dist.tasks._rouge import rouge_l
-from mlkd_dist.tasks._vocabulary import accuracy, perplexity, same_token, token_outputs
+from mlkd_dist.tasks._vocabulary import (
+    accuracy,
+    mean_loss,
+    perplexity,
+    same_token,
+    token_outputs,
+)
 from mlkd_dist.trace import Trace
 
 # Characters of a document: above it a file has lost its line ends.
@@ -32,6 +38,7 @@ class Task:
     model_class = AutoModelForCausalLM
     reads = frozenset({"head"})
     vocabulary = True
+    decides = Decides("perplexity", higher=False)
 
     def __init__(self, settings: Any, data: Any):
         self.pack = data.pack
@@ -148,6 +155,9 @@ class Task:
 
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return {"next_token_accuracy": accuracy(outputs), "perplexity": perplexity(outputs)}
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        return {"loss": mean_loss(outputs)}
 
     def examples(self, row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
         """What leads to the last thing to be said, and that; of each document of a packed row."""

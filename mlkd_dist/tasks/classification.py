@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
+from torch.nn.functional import nll_loss
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, BadRow, Batch, pad, tokens
+from mlkd_dist.tasks import IGNORE, BadRow, Batch, Decides, pad, tokens
 from mlkd_dist.trace import Trace
 
 
@@ -15,6 +16,7 @@ class Task:
     model_class = AutoModelForSequenceClassification
     reads = frozenset({"logits"})
     vocabulary = False
+    decides = Decides("accuracy")
 
     def __init__(self, settings: Any, data: Any):
         self.texts = [data.text] + ([data.text_pair] if data.text_pair else [])
@@ -79,6 +81,13 @@ class Task:
             "f1": float(f1_score(truth, said, average=average, zero_division=0)),
             "mcc": float(matthews_corrcoef(truth, said)),
         }
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        """Cross-entropy, of the rows whose label is known."""
+        known = outputs["label"] >= 0
+        if not known.any():
+            return {}
+        return {"loss": float(nll_loss(outputs["log_prob"][known], outputs["label"][known]))}
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         p, q = teacher["log_prob"], student["log_prob"]

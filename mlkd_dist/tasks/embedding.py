@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import Batch, pad, tokens
+from mlkd_dist.tasks import Batch, Decides, pad, tokens
 from mlkd_dist.trace import Trace
 
 
 class Task:
     model_class = AutoModel
     vocabulary = False
+    decides = Decides("spearman", by_teacher=True)
 
     def __init__(self, settings: Any, data: Any):
         self.columns = [data.text]
@@ -44,6 +45,9 @@ class Task:
 
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         """Nothing is known of these texts but what the teacher says: see agreement."""
+        return {}
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return {}
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:

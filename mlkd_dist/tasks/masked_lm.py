@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, Batch, pad, tokens
-from mlkd_dist.tasks._vocabulary import accuracy, perplexity, same_token, token_outputs
+from mlkd_dist.tasks import IGNORE, Batch, Decides, pad, tokens
+from mlkd_dist.tasks._vocabulary import accuracy, mean_loss, perplexity, same_token, token_outputs
 from mlkd_dist.trace import Trace
 
 
@@ -17,6 +17,7 @@ class Task:
     reads = frozenset({"head"})
     vocabulary = True
     redraws = True
+    decides = Decides("perplexity", higher=False)
 
     def __init__(self, settings: Any, data: Any):
         self.columns = [data.text]
@@ -82,6 +83,9 @@ class Task:
 
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return {"masked_accuracy": accuracy(outputs), "perplexity": perplexity(outputs)}
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        return {"loss": mean_loss(outputs)}
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         return same_token(student, teacher)

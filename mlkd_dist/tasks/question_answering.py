@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, BadRow, Batch, pad
+from mlkd_dist.tasks import IGNORE, BadRow, Batch, Decides, pad
 from mlkd_dist.trace import Trace
 
 # Characters of a passage: each of its windows is kept with all of it.
@@ -33,6 +33,7 @@ WINDOW = {
     "em": torch.float64,
     "f1": torch.float64,
     "answerable": torch.bool,
+    "loss": torch.float64,
 }
 
 
@@ -40,6 +41,7 @@ class Task:
     model_class = AutoModelForQuestionAnswering
     reads = frozenset({"logits"})
     vocabulary = False
+    decides = Decides("f1")
     label_keys = ("text", "answer_start")
 
     def __init__(self, settings: Any, data: Any):
@@ -132,7 +134,8 @@ class Task:
         return Batch(inputs, kept, labels, kept.unsqueeze(1).expand(-1, 2), rows)
 
     def outputs(self, trace: Trace, batch: Batch) -> dict[str, Tensor]:
-        """Of every window: its best span, how well that answers, and the score of no answer."""
+        """Of every window: its best span, how well that answers, the score of no answer, and how
+        unlikely the truth is."""
         logits = trace.logits.float().cpu()
         mask = batch.inputs["attention_mask"].bool().cpu()
         found = [
@@ -153,6 +156,10 @@ class Task:
             name: 100 * sum(answer[name] for answer in chosen.values()) / len(chosen)
             for name in ("em", "f1")
         }
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        """-log of the probability of the first and last token, mean of both, over windows."""
+        return {"loss": float(outputs["loss"].mean())}
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         ours, theirs = answers_of(student), answers_of(teacher)
@@ -192,7 +199,9 @@ def window(logits: Tensor, row: dict[str, Any]) -> tuple[Any, ...]:  # [2, n] of
     em, f1 = (max((m(said, a) for a in row["answers"]), default=0.0) for m in (exact, words_f1))
     nothing = float(logits[0, 0] + logits[1, 0])
     answerable = bool(row["answers"])
-    return row["example"], float(scores.max()), nothing, start, end, em, f1, answerable
+    likely = logits.double().log_softmax(-1)
+    loss = -float(likely[0, row["labels"][0]] + likely[1, row["labels"][1]]) / 2
+    return row["example"], float(scores.max()), nothing, start, end, em, f1, answerable, loss
 
 
 def answers_of(outputs: dict[str, Tensor]) -> dict[int, dict[str, Any]]:

@@ -7,7 +7,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from mlkd_dist.tasks import IGNORE, BadRow, Batch, pad, tokens
+from mlkd_dist.tasks import IGNORE, BadRow, Batch, Decides, pad, tokens
 from mlkd_dist.trace import Trace
 
 LARGEST = torch.finfo(torch.float32).max
@@ -17,6 +17,7 @@ class Task:
     model_class = AutoModelForSequenceClassification
     reads = frozenset({"logits"})
     vocabulary = False
+    decides = Decides("spearman")
 
     def __init__(self, settings: Any, data: Any):
         self.texts = [data.text] + ([data.text_pair] if data.text_pair else [])
@@ -57,6 +58,10 @@ class Task:
     def quality(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         """Correlations with the labels, as GLUE has it."""
         return compared(outputs["value"], outputs["label"])
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        """Mean squared error."""
+        return {"loss": float((outputs["value"] - outputs["label"]).square().mean())}
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
         gap = student["value"] - teacher["value"]
