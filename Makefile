@@ -1,6 +1,7 @@
 # make quickstart   set up and distil a real teacher with two local processes, in minutes on two cores
 # make test         set up and run the tests
 # make test-slow    set up and run the others: whole runs, every kernel compiled
+# make faults       set up and measure what is promised of interrupted runs; QUICK=1 for some of each
 # make setup        only set up: .venv with everything in it; quick when nothing has changed
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ READY := .venv/ready
 # Two processes; each takes whole files, whose tests share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow lint setup
+.PHONY: quickstart test test-slow faults lint setup
 
 quickstart: setup
 	$(BIN)/mlkd distill configs/quickstart.yaml
@@ -19,6 +20,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+# OUT=FILE for the results, ONLY=GROUP,GROUP for some groups; see tests/faults/__main__.py.
+faults: setup
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -189,6 +189,9 @@ def batches(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals if workers else None,
+        # What collates is a function inside a function, which only a fork takes along; from Python
+        # 3.14 on that is not what is chosen by itself.
+        multiprocessing_context="fork" if workers else None,
         # A worker that is stuck is an error, not a wait without end.
         timeout=LOADER_TIMEOUT if workers else 0,
         # Else it draws from the global generator, and a resumed run sees other dropout.

@@ -1,6 +1,7 @@
 """Reading Hugging Face models: config, tokenizer and weights, whole or cut to fewer layers."""
 
 import copy
+from pickle import UnpicklingError
 from typing import Any
 
 import transformers
@@ -138,6 +139,11 @@ def load_model(
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
+        except UnpicklingError as error:
+            raise UserError(
+                f"model {path!r} cannot be loaded: its weights are a pickle of more than tensors, "
+                f"which may run code; use one that is saved as safetensors."
+            ) from error
     try:
         check_readable(model, path)
     except ValueError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mlkd_dist.config import Config
 
@@ -94,5 +95,5 @@ def read_back(path: Path) -> Config | None:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         return OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, OSError, ValueError):
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError):
         return None

@@ -84,6 +84,10 @@ def write_model(
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One BERT per task, and a Llama with grouped keys and tied embeddings."""
+    return write_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def write_teachers(folder: Path) -> dict[str, Path]:
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
@@ -94,7 +98,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         LlamaConfig,
     )
 
-    folder = tmp_path_factory.mktemp("teachers")
     classes = {
         "embedding": AutoModel,
         "classification": AutoModelForSequenceClassification,
@@ -116,9 +119,12 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def write_data(folder: Path) -> dict[str, str]:
     """Texts of 1 to 40 words, so that padding differs much; 17 rows are 4 global batches of 4 and
     one of 1."""
-    folder = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
 
     def write(name: str, rows: int) -> str:

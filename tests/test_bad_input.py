@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import BERT, ROOT, WORDS, run_config, write_model, write_tokenizer
 
@@ -89,6 +91,7 @@ SAID = {
     "no such file": ["absent.jsonl", "no such file"],
     "no head": ["no weights for classifier.bias", "2 missing", "teacher.finetune"],
     "broken weights": ["cut short", "cannot be loaded"],
+    "pickled weights": ["pickled' cannot be loaded", "may run code", "safetensors"],
     "too long": ["data.max_length: 65", "64 tokens", "use 64 or less"],
     "answers too long": [
         "stages[0].on_policy.max_new_tokens: 64 tokens after prompts of up to data.max_length (48)",
@@ -114,6 +117,7 @@ SAID = {
     "no such matrix": ["module_mse.of", "BertForSequenceClassification has no matrix gate"],
     "matrices of other sizes": ["module_mse: up maps 48 to 64", "48 to 32", "same sizes"],
     "an earlier run": ["run.dir", "holds an earlier run", "run.overwrite=true"],
+    "an earlier run with code": ["run.dir", "config.yaml cannot be read", "choose another folder"],
     "files of others": ["run.dir", "holds files that are no run", "choose another folder"],
     "own file in a run": ["run.dir", "holds files that are no run", "choose another folder"],
     "a config that no run wrote": ["run.dir", "holds files that are no run"],
@@ -177,6 +181,10 @@ def write_models(folder: Path) -> dict[str, Path]:
     shutil.copytree(made["three"], cut)
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    pickled = made["pickled"] = Path(shutil.copytree(made["three"], folder / "pickled"))
+    (pickled / "model.safetensors").unlink()
+    # Of a type that nothing which reads weights has to know.
+    torch.save({"weight": Fraction(1, 2)}, pickled / "pytorch_model.bin")
     novel = made["novel"] = folder / "novel"
     write_tokenizer(novel)
     (novel / "config.json").write_text('{"model_type": "novel"}')
@@ -242,6 +250,7 @@ def all_configs(base: Path) -> dict[str, dict]:
         "no such file": config("no such file", data__train=str(base / "absent.jsonl")),
         "no head": config("no head", teacher="base"),
         "broken weights": config("broken weights", teacher="cut short"),
+        "pickled weights": config("pickled weights", teacher="pickled"),
         "too long": config("too long", data__max_length=65),
         "answers too long": config(
             "answers too long",
@@ -269,6 +278,7 @@ def all_configs(base: Path) -> dict[str, dict]:
         "no type known": config("no type known", "novel"),
         "cannot be cut": config("cannot be cut", "gpt2"),
         "an earlier run": config("an earlier run", run__overwrite=False),
+        "an earlier run with code": config("an earlier run with code", run__overwrite=False),
         "files of others": config("files of others"),
         "own file in a run": config("own file in a run"),
         "a config that no run wrote": config("a config that no run wrote"),
@@ -290,7 +300,10 @@ def all_configs(base: Path) -> dict[str, dict]:
             "labels refused after finetune is planned", "base"
         ),
     }
-    configs["an earlier run"]["run"]["overwrite"] = False
+    for case in ("an earlier run", "an earlier run with code"):
+        configs[case]["run"]["overwrite"] = False
+    written = base / "an earlier run with code" / "run" / "config.yaml"
+    written.write_text(f"{HEADER}run: !!python/object/apply:os.getpid []\n")
     configs["no triton"]["kernels"] = "triton"
     configs["answers too long"]["stages"][0] |= {"losses": {"soft_labels": {}}, "on_policy": {}}
     configs["a deepspeed key misspelt"]["deepspeed"] = {"prescale_gradient": True}
@@ -348,8 +361,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list, bool]]:
+    return run_all(tmp_path_factory.mktemp("refused"))
+
+
+def run_all(base: Path) -> Callable[[str], tuple[list, bool]]:
     """Case -> [kind of error, message], and whether all its files are as they were."""
-    base = tmp_path_factory.mktemp("refused")
     configs = all_configs(base)
     paths = {case: base / f"{case}.yaml" for case in configs}
     for case, config in configs.items():

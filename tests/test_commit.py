@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import cuts, flipped
 
 from mlkd_dist import commit
 from mlkd_dist.commit import LATEST, MANIFEST, PARTIAL, REJECTED, Rejected
@@ -116,12 +117,8 @@ def test_a_flipped_bit_or_a_cut_anywhere_is_noticed(tmp_path: Path) -> None:
     for path in files:
         whole = path.read_bytes()
         places = range(len(whole)) if path.name == MANIFEST else draw.sample(range(len(whole)), 4)
-        damaged = []
-        for place in places:
-            damaged.append(bytearray(whole))
-            damaged[-1][place] ^= 1 << draw.randrange(8)
-        damaged += [whole[:-1], whole + b"\0", b"", whole[: len(whole) // 2]]
-        for wrong in damaged:
+        damaged = [flipped(whole, place, draw.randrange(8)) for place in places]
+        for wrong in [*damaged, *cuts(whole)]:
             path.write_bytes(wrong)
             with pytest.raises(Rejected):
                 check(tmp_path, folder.name)

@@ -39,8 +39,11 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("configs"))
+
+
+def write_folder(folder: Path) -> Path:
     """Models that are no more than their config.json, and configs of all sorts."""
-    folder = tmp_path_factory.mktemp("configs")
     for name, config in MODELS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -507,6 +510,10 @@ def words(line: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, list]:
+    return say(folder)
+
+
+def say(folder: Path) -> dict[str, list]:
     """Line -> [exit code, printed, seconds, whether torch was imported], all through `mlkd`."""
     refused = [settings for settings in REFUSED if settings not in ALLOWED]
     lines = [f"distill {{good.yaml}} {settings}" for settings in refused] + list(REFUSED_FILES)

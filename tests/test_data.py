@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -557,6 +558,18 @@ def test_batches_are_the_rows_that_the_sampler_names(workers: int) -> None:
     assert found == wanted
     assert [kept for step in found for micro in step for *_, kept in micro].count(False) == 6
     assert list(batches(dataset, sampler, 5, 5, tell, workers=workers)) == []
+
+
+def test_workers_collate_however_python_starts_processes() -> None:
+    """With what a run collates with, which is a function inside a function."""
+    dataset = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(4)]})
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        found = list(batches(dataset, Sampler(4, 2, 1, 0, 1, 0), 0, 2, lambda r, k: len(r), 1))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert found == [[2], [2]]
 
 
 def test_batches_leave_the_global_random_state_alone() -> None:

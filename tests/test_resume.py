@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import logged, run_config, start
-from transformers import AutoModelForSequenceClassification
+from conftest import start
+from places import Place, same, weights
 
 STAGES = [0, 1, 2, 3]
-TWO_STAGES = [
-    {"name": "one", "steps": 4, "losses": {"hidden_mse": {}, "attention_relation": {"splits": 2}}},
-    {"name": "two", "steps": 5, "losses": {"hidden_mse": {}, "soft_labels": {}}},
-]
 # The kills fall into the phase of the second layer and into that of the classifier.
 LAYER_BY_LAYER = [
     {
@@ -27,63 +22,6 @@ LAYER_BY_LAYER = [
 ]
 # Of ZeRO stages and types those whose optimizers differ.
 NOT_FINITE = [(0, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")]
-TIMING = {"rows_per_s", "teacher_share", "peak_gib"}
-
-
-class Place:
-    """Configs of runs in a folder, and what was said of each."""
-
-    def __init__(self, base: Path, teacher: Path, data: dict[str, str]):
-        self.base, self.teacher, self.data = base, teacher, data
-
-    def config(self, name: str, **changes: object) -> dict:
-        """A run of two stages with a checkpoint every other step; 17 rows in batches of 4 are 5
-        steps an epoch, so that the kills fall into an epoch and across its end."""
-        folder = self.base / name
-        folder.mkdir(exist_ok=True)
-        config = run_config(
-            folder, self.teacher, self.data, stages=TWO_STAGES, log_every=2, **changes
-        )
-        config["run"] |= {"checkpoint_every": 2, "checkpoint_minutes": None}
-        config["data"]["cache"] = str(self.base / "cache")
-        return config
-
-    def write(self, name: str, config: dict) -> str:
-        path = self.base / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return str(path)
-
-    def run(self, name: str) -> Path:
-        return self.base / name / "run"
-
-    def copy(self, source: str, name: str) -> None:
-        shutil.copytree(self.run(source), self.run(name))
-
-    def said(self, name: str) -> list[str]:
-        return json.loads((self.base / f"{name}.said").read_text())
-
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return weights(self.run(name) / "export")
-
-    def logs(self, name: str) -> list[dict]:
-        rows = logged({"run": {"dir": self.run(name)}})
-        return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
-
-    def steps_on_the_board(self, name: str, tag: str = "loss/total") -> list[int]:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.run(name) / "tb"))
-        events.Reload()
-        return [event.step for event in events.Scalars(tag)]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    # Under ZeRO 3 transformers writes norms by their old names, so these are read as it reads them.
-    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def alike(place: "Place", name: str) -> bool:

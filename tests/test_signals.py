@@ -1,63 +1,17 @@
 """`mlkd distill` under its launcher: asked to stop, robbed of its launcher, and going on after."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import yaml
-from conftest import ROOT, run_config
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-}
-# Far more than are made before the signal comes.
-STEPS = 2000
-
-
-def begin(folder: Path, *words: str) -> subprocess.Popen:
-    log = (folder / "log").open("a")
-    command = [sys.executable, "-m", "mlkd_dist.cli", "distill", str(folder / "run.yaml"), *words]
-    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
-
-
-def until(condition: object, folder: Path, seconds: float = 400) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, (folder / "log").read_text()[-3000:]
-        time.sleep(0.2)
-
-
-def below(process: subprocess.Popen) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def logged_steps(folder: Path) -> list[int]:
-    path = folder / "run" / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-def ended(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=10)[1]
+from launches import begin, below, ended, launcher, logged_steps, ranks, until, write
 
 
 @pytest.fixture
 def folder(tmp_path: Path, teachers: dict, data: dict) -> Path:
-    stages = [{"name": "one", "steps": STEPS, "losses": {"hidden_mse": {}}}]
-    config = run_config(tmp_path, teachers["classification"], data, stages=stages)
-    config["launch"] = {"processes": 2}
-    config["student"]["zero_stage"] = 2
-    # A process that loads data must not die of what is sent to all.
-    config["data"]["workers"] = 1
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    return write(tmp_path, teachers["classification"], data)
 
 
 @pytest.mark.slow
@@ -92,8 +46,7 @@ def test_robbed_of_its_launcher_it_saves_and_leaves_no_process(folder: Path) -> 
     run = begin(folder)
     until(lambda: (folder / "run/metrics.jsonl").exists() and logged_steps(folder), folder)
     started = below(run)
-    (launcher,) = [p for p in started if "deepspeed.launcher.launch" in " ".join(p.cmdline())]
-    launcher.kill()
+    launcher(run).kill()
     # The launcher itself reports success here.
     assert run.wait(timeout=60) == 75, (folder / "log").read_text()[-3000:]
     assert ended(started)
@@ -105,8 +58,7 @@ def test_a_process_that_is_killed_is_a_failure(folder: Path) -> None:
     run = begin(folder, "run.checkpoint_every=2")
     until(lambda: (folder / "run/checkpoints/LATEST").exists(), folder)
     started = below(run)
-    (victim,) = [p for p in started if "--local_rank=1" in p.cmdline() and p.ppid() != run.pid][:1]
-    victim.kill()
+    ranks(run)[1].kill()
     code = run.wait(timeout=90)
     assert code not in (0, 2, 75), (folder / "log").read_text()[-3000:]
     assert ended(started)
@@ -118,8 +70,7 @@ def test_a_process_that_freezes_ends_all_within_the_time_out(folder: Path) -> No
     run = begin(folder, "launch.timeout=8")
     until(lambda: (folder / "run/metrics.jsonl").exists() and len(logged_steps(folder)) > 2, folder)
     started = below(run)
-    (victim,) = [p for p in started if "--local_rank=1" in p.cmdline() and p.ppid() != run.pid][:1]
-    victim.suspend()
+    ranks(run)[1].suspend()
     begun = time.monotonic()
     assert run.wait(timeout=90) == 1, (folder / "log").read_text()[-3000:]
     assert time.monotonic() - begun < 40

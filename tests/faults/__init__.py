@@ -1,0 +1,1 @@
+"""`make faults`: what is promised of runs that are interrupted, measured on the machine at hand."""
