@@ -212,6 +212,7 @@ class Objective:
                 linear = nn.Linear(self.student.hidden, self.teacher.hidden, bias=False)
                 nn.init.eye_(linear.weight)
                 maps[term.projection_key(layer)] = linear
+                self.reach.projected.add(term.name)
         return maps
 
     def global_rows(self, batches: list[Batch], watch: Watch | None = None) -> dict[str, Tensor]:

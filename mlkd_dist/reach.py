@@ -38,6 +38,9 @@ class Reach:
     def __init__(self, unweighted: Iterable[str] = ()) -> None:
         """`unweighted` losses are logged only."""
         self.unweighted = set(unweighted)
+        # Losses that go through a map which begins as the identity: where the student does as its
+        # teacher, they are not 0, and yet nothing comes back through it before it has moved.
+        self.projected: set[str] = set()
         self.weights: set[int] = set()
         self.seen: set[Key] = set()
         # Losses whose gradient is known to be one, and how often others were found to be nothing.
@@ -116,15 +119,18 @@ class Reach:
             pass
         elif counts[WILD]:
             wrong = "its gradient is not finite, though the loss is" if first else None
-        elif counts[SIZE] > NOTHING:
+        elif counts[SIZE] > NOTHING and self.waited_for(key):
             wrong = f"it is {counts[SIZE]:.4g}, and its gradient 0 in all rows of all processes"
         else:
             self.nothing(key)
         if wrong:
             raise UserError(
-                f"{told(*key)}: at the first step that it counts, {wrong}, so that it trains "
+                f"{told(*key)}: where it first counts, {wrong}, so that it trains "
                 f"nothing; remove this loss or change its options, or look at the models and data."
             )
+
+    def waited_for(self, key: Key) -> bool:
+        return key[0] not in self.projected or self.looks.get(key, 0) + 1 == PATIENT
 
     def nothing(self, key: Key) -> None:
         """Loss and gradient are 0: right where a student begins as its teacher, for a while."""

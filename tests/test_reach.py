@@ -190,7 +190,7 @@ def test_what_would_train_nothing_is_refused_by_its_numbers(
 ) -> None:
     steps = Steps({"embedding_mse": {}, name: LOSSES.get(name, {})}, **{name: plant})
     layer = ", student layer 0" if name in ("hidden_mse", "module_mse") else ""
-    with pytest.raises(UserError, match=f"losses.{name}{layer}: at the first step.*{why}"):
+    with pytest.raises(UserError, match=f"losses.{name}{layer}: where it first counts.*{why}"):
         steps.step()
 
 
@@ -269,3 +269,15 @@ def test_a_loss_without_weight_and_a_step_that_is_skipped_are_left_alone() -> No
     steps.student.zero_grad()
     steps.step()
     assert ("hard_labels", None) in reach.settled
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_map_that_begins_as_the_identity_is_waited_for() -> None:
+    """Of a narrower student: what its teacher has more is no business of it at first."""
+    reach = Reach()
+    reach.projected.add("embedding_mse")
+    zero = [0, 0, 1, 0, 0.5, 0]
+    for _ in range(PATIENT - 1):
+        reach.judge(("embedding_mse", None), zero)
+    with pytest.raises(UserError, match="losses.embedding_mse: .* it is 0.5, and its gradient 0"):
+        reach.judge(("embedding_mse", None), zero)
