@@ -223,7 +223,7 @@ def start(
     folder: Path,
     world: int = 1,
     per_node: int | None = None,
-    limit: float = 540,
+    limit: float = 1500,
 ) -> None:
     """A program of this folder in `world` processes, which may believe to be on several nodes; the
     output is shown where one fails, or takes more seconds than the limit."""

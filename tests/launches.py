@@ -44,7 +44,7 @@ def logged_steps(folder: Path) -> list[int]:
 
 
 def ended(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=10)[1]
+    return not psutil.wait_procs(processes, timeout=20)[1]
 
 
 def write(folder: Path, teacher: Path, data: dict[str, str]) -> Path:

@@ -373,7 +373,7 @@ def run_all(base: Path) -> Callable[[str], tuple[list, bool]]:
     before = {case: contents(base / case) for case in configs}
     command = [sys.executable, str(ROOT / "tests" / "refused_runs.py"), str(base / "said.json")]
     subprocess.run(
-        [*command, *map(str, paths.values())], env=os.environ | ENVIRONMENT, check=True, timeout=300
+        [*command, *map(str, paths.values())], env=os.environ | ENVIRONMENT, check=True, timeout=900
     )
     said = json.loads((base / "said.json").read_text())
     return lambda case: (said[str(paths[case])], contents(base / case) == before[case])
@@ -414,7 +414,7 @@ def test_two_processes_say_it_once_and_end(tmp_path: Path, teachers: dict[str, P
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "mlkd_dist.cli", "distill", str(tmp_path / "run.yaml")]
     done = subprocess.run(
-        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240
+        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=900
     )
     output = done.stdout + done.stderr
     assert done.returncode == 2, output

@@ -523,7 +523,7 @@ def say(folder: Path) -> dict[str, list]:
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return dict(zip([*refused, *REFUSED_FILES], json.loads(done.stdout), strict=True))
