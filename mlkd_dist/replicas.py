@@ -45,7 +45,8 @@ def summary(trace: Trace) -> Tensor:  # [tensors, 2] fp64
     for tensor in shown:
         draw = torch.Generator().manual_seed(len(found))
         signs = torch.randint(0, 2, tensor.shape[-1:], generator=draw).double() * 2 - 1
-        row = tensor.flatten(0, -2).sum(0, dtype=torch.float64)
+        # One number per sample, as of a regression, is one row.
+        row = tensor.unsqueeze(0).flatten(0, -2).sum(0, dtype=torch.float64)
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
         found.append(torch.stack([norm, row @ signs.to(row.device)]))
     return torch.stack(found)

@@ -89,3 +89,11 @@ def test_every_tensor_counts(where: str) -> None:
     after = summary(changed)
     found = torch.stack([before, before, after]).unsqueeze(1).expand(3, 2, 5, 2)
     assert re.search("process 2 says", refusal(found))
+
+
+def test_a_number_per_sample_is_one_row() -> None:
+    mask, logits = torch.ones(8, 5, dtype=torch.bool), torch.arange(8.0)
+    one, other = (Trace(mask, 2, logits=logits.roll(places)) for places in (0, 1))
+    found = torch.stack([summary(one), summary(one), summary(other)])
+    found = found.unsqueeze(1).expand(3, 2, 1, 2)
+    assert re.search("process 2 says", refusal(found))
