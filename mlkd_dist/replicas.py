@@ -14,7 +14,7 @@ from torch import Tensor
 from mlkd_dist.engine import all_gather, broadcast_object
 from mlkd_dist.run import Run
 from mlkd_dist.teacher import Teacher
-from mlkd_dist.trace import Trace
+from mlkd_dist.trace import Needs, Trace
 from mlkd_dist.watch import Desynchronised
 
 # Of a tensor's norm: kernels of other devices round differently, in each layer anew.
@@ -30,7 +30,12 @@ def check_replicas(teacher: Teacher, run: Run) -> None:
     rows = [run.train[index] | {"row": index, "epoch": 0} for index in range(size)]
     batch = run.task.collate(rows, [True] * size, run.tokenizer)
     batch = broadcast_object(batch).to(world.device)
+    asked = teacher.needs
+    if asked == Needs():
+        # One that only answers prompts shows no loss anything.
+        teacher.needs = Needs(model=frozenset({"head"}))
     seen = torch.stack([summary(teacher(batch)) for _ in range(2)])
+    teacher.needs = asked
     refuse_different(all_gather(seen), TOLERANCE[run.config.teacher.dtype])
 
 
