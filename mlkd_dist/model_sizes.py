@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 from mlkd_dist import tasks
-from mlkd_dist.config import Config, FromTeacherConfig, UserError
+from mlkd_dist.config import Config, UserError
 from mlkd_dist.engine import World
 from mlkd_dist.footprint import Size
 from mlkd_dist.linears import matrix_sizes, sizes
@@ -17,7 +17,7 @@ from mlkd_dist.low_rank import targets
 from mlkd_dist.model import cut_layers, read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.shapes import refuse_type, shape
-from mlkd_dist.student import FEED_FORWARD, cut_config
+from mlkd_dist.student import FEED_FORWARD, starting_config
 from mlkd_dist.trace import Needs, layer_modules
 
 
@@ -39,11 +39,7 @@ class Models:
 def models_of(config: Config) -> Models:
     trust = config.trust_remote_code
     teacher = read_config(config.teacher.path, trust) if config.teacher.path else None
-    student = (
-        read_config(config.student.path, trust)
-        if config.student.path
-        else cut_config(teacher, config.student.from_teacher or FromTeacherConfig())
-    )
+    student = starting_config(config)
     for key, found in (("teacher.path", teacher), ("student.path", student)):
         if found is not None:
             refuse_type(key, found.model_type)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
-from mlkd_dist.config import Config, FromTeacherConfig, UserError
+from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed
 from mlkd_dist.finetune import with_finetuned_teacher
@@ -26,7 +26,7 @@ from mlkd_dist.run import Run, class_count, headless_student, on_first, standing
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.schema import loss_schema
 from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
-from mlkd_dist.student import cut_config
+from mlkd_dist.student import starting_config
 from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_dist.validation import undecided
 from mlkd_kernels import choose
@@ -203,13 +203,10 @@ def check_openings(
 
 def check_low_rank(config: Config, task: Any) -> None:
     """That the student has the matrices which are to be factorised, and that each has a rank."""
-    student, trust = config.student, config.trust_remote_code
-    if student.low_rank is None:
+    if config.student.low_rank is None:
         return
-    found = cut_config(
-        read_config(config.teacher.path, trust), student.from_teacher or FromTeacherConfig()
-    )
-    check_plan(check_kind(config, task, config.teacher.path, found), student.low_rank)
+    model = check_kind(config, task, config.teacher.path, starting_config(config))
+    check_plan(model, config.student.low_rank)
 
 
 def check_weights(run: Run, student_path: str) -> None:
