@@ -7,6 +7,7 @@ processes. So the update does not depend on how the samples of a step are spread
 micro-batches.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -52,14 +53,17 @@ class Term:
     vocabulary: bool = False  # whether there is a row of logits per token
     schema: LossSchema = field(init=False)
     function: Callable[..., Tensor] = field(init=False)
+    weighs: bool = field(init=False)  # whether it sums its rows by itself
 
     def __post_init__(self) -> None:
         self.schema = loss_schema(self.name)
         function = load(self.name, "over_vocabulary" if self.at_head else None)
         own = {key: value for key, value in self.options.items() if key not in COMMON}
-        if "backend" in inspect.signature(function).parameters:
+        known = inspect.signature(function).parameters
+        if "backend" in known:
             own["backend"] = self.backend
-        self.function = lambda *read: function(*read, **own)
+        self.function = functools.partial(function, **own)
+        self.weighs = "row_weight" in known
 
     @property
     def at_head(self) -> bool:
@@ -90,6 +94,12 @@ class Term:
         else:
             fields = ["apply"] if side == 0 else ["input", "output"]
         return frozenset(product(roles, fields))
+
+    def sum_of(self, read: tuple[Any, ...], weight: Tensor) -> Tensor:
+        """Of its rows, each with its weight."""
+        if self.weighs:
+            return self.function(*read, row_weight=weight)
+        return weighted_sum(self.function(*read), weight)
 
     def projection_key(self, student_layer: int | None = None) -> str:
         shared = student_layer is None or self.options["shared_projection"]
@@ -347,7 +357,7 @@ class Objective:
             ours = self.reach.shown(term.name, None, student)
             read = (ours, teacher) if term.schema.teacher else (ours,)
             extra = (self.projected(term, projections),) if term.schema.projection else ()
-            return weighted_sum(term.function(*read, *extra), weight)
+            return term.sum_of((*read, *extra), weight)
         total, pairs = torch.zeros((), device=weight.device), self.open_pairs(term)
         for ours, theirs in pairs:
             read = (
@@ -355,7 +365,7 @@ class Objective:
                 teacher.layers[theirs],
             )
             extra = (self.projected(term, projections, ours),) if term.schema.projection else ()
-            part = weighted_sum(term.function(*read, *extra), weight)
+            part = term.sum_of((*read, *extra), weight)
             self.reach.check(term.name, ours, part)
             total = total + part
         return total / len(pairs) if term.options["sum_layers"] == "mean" else total

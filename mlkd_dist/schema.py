@@ -69,7 +69,7 @@ def loss_schema(name: str) -> LossSchema:
     options = {
         arg.arg: (ast.unparse(arg.annotation), ast.literal_eval(default))
         for arg, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-        if arg.arg != "backend"
+        if arg.arg not in ("backend", "row_weight")
     }
     known = {
         key: constants[key.upper()] for key in ("rows", "scope", "reads", "teacher", "projection")

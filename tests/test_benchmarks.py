@@ -26,11 +26,12 @@ import shapes  # noqa: E402
 from bench_attention_kl import ATTENTION_KL  # noqa: E402
 from bench_info_nce import INFO_NCE  # noqa: E402
 from bench_linear_divergence import LINEAR_DIVERGENCE  # noqa: E402
-from bench_relation_kl import RELATION_KL  # noqa: E402
+from bench_relation_kl import RELATION_KL, RELATION_KL_SUM  # noqa: E402
 from bench_similarity import SIMILARITY_KL, SIMILARITY_MSE  # noqa: E402
 
 OPERATIONS = [
     RELATION_KL,
+    RELATION_KL_SUM,
     ATTENTION_KL,
     LINEAR_DIVERGENCE,
     SIMILARITY_KL,
@@ -62,7 +63,7 @@ def test_registry() -> None:
 def test_first_case_of_each_device(
     which: operation.Operation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [next(iter(cases)) for cases in shapes.SHAPES[which.name].values()]
+    wanted = [next(iter(cases)) for cases in shapes.SHAPES[which.name].values() if cases]
     if which is LINEAR_DIVERGENCE:
         wanted.append("llama3-cross-entropy")
     arguments = ["--tiny", "--no-memory", "--cases", *wanted, "--backends", *QUICK]
@@ -233,7 +234,7 @@ def test_parity_of_the_interpreted_kernels(tmp_path: Path) -> None:
 
 def test_every_benchmark_of_a_session_exists() -> None:
     benches = {f"bench_{name}.py": names for name, names in {
-        "relation_kl": ["relation_kl"],
+        "relation_kl": ["relation_kl", "relation_kl_sum"],
         "attention_kl": ["attention_kl"],
         "linear_divergence": ["linear_divergence"],
         "similarity": ["similarity_kl", "similarity_mse"],

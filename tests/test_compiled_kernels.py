@@ -13,6 +13,9 @@ from mlkd_kernels._dispatch import Operation
 __all__ = ["small_blocks"]
 
 
+WEIGHTS = torch.linspace(0, 1, 2 * LENGTH).view(2, LENGTH)
+
+
 def operation(module: str, name: str = "OPERATION") -> Operation:
     return getattr(importlib.import_module(f"mlkd_kernels.{module}"), name)
 
@@ -54,14 +57,19 @@ SCALES = {"student_scale": 0.3, "teacher_scale": 0.2}
 def test_operators_are_sound(dtype: torch.dtype) -> None:
     student, teacher = randn(2, LENGTH, 6).to(dtype), randn(2, LENGTH, 12, seed=1).to(dtype)
     tokens = {"heads": 3, "causal": False, **SCALES}
-    check_operator(operation("relation"), student, teacher, MASKS["holes"], **tokens)
-    check_operator(operation("relation"), student.mT.contiguous().mT, teacher, None, **tokens)
+    rows = operation("relation", "ROWS")
+    check_operator(rows, student, teacher, MASKS["holes"], **tokens)
+    check_operator(rows, student.mT.contiguous().mT, teacher, None, **tokens)
+    weight = WEIGHTS.to(dtype)
+    check_operator(operation("relation", "SUM"), student, teacher, None, weight, **tokens)
     queries = [
         x.unflatten(-1, (3, -1)).transpose(1, 2) for x in (student, student, teacher, teacher)
     ]
     for name in ("KL", "MSE"):
         maps = operation("attention_map", name)
         check_operator(maps, *queries, MASKS["left"], causal=True, **SCALES)
+        sums = operation("attention_map", f"{name}_SUM")
+        check_operator(sums, *queries, MASKS["left"], weight, causal=True, **SCALES)
     samples = student[0], teacher[0]
     check_operator(operation("similarity", "KL"), *samples, None, diagonal=False, **SCALES)
     check_operator(operation("similarity", "NARROW_MSE"), *samples)

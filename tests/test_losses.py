@@ -354,6 +354,11 @@ def tensors(side: Any) -> list[str]:
     return [k for k, v in vars(side).items() if isinstance(v, Tensor) and v.is_floating_point()]
 
 
+WEIGHING = [
+    name for name in NAMES if "row_weight" in inspect.signature(losses.load(name)).parameters
+]
+
+
 def rows_of(name: str, student: Any, teacher: Any, **options: Any) -> Tensor:
     own = constants(name)
     extra = (identity,) if own["PROJECTION"] and own["SCOPE"] != "batch" else ()
@@ -491,6 +496,16 @@ def test_every_option_changes_the_value(name: str) -> None:
         assert abs(changed - plain) > 1e-4, option
 
 
+@pytest.mark.parametrize("name", WEIGHING)
+def test_a_loss_that_is_given_weights_sums_its_rows(name: str) -> None:
+    weight = torch.linspace(0, 2, B * L, dtype=torch.float64).view(B, L)
+    rows = rows_of(name, *sides(name))
+    rows = rows.mean(1) if rows.ndim == 3 else rows
+    found = rows_of(name, *sides(name), row_weight=weight)
+    assert found.ndim == 0 and found > 0
+    torch.testing.assert_close(found, (rows * weight).sum())
+
+
 def without_labels() -> Tensor:
     batch = samples(STUDENT_WIDTH, 0)
     return losses.load("sample_contrast")(batch, batch, positives="label")
@@ -565,7 +580,7 @@ def options_of(name: str) -> dict[str, ast.arg]:
     )
     for default in function.args.kw_defaults:
         ast.literal_eval(default)
-    return {arg.arg: arg for arg in function.args.kwonlyargs}
+    return {arg.arg: arg for arg in function.args.kwonlyargs if arg.arg != "row_weight"}
 
 
 def test_every_file_is_a_loss() -> None:

@@ -67,6 +67,9 @@ def masks() -> dict[str, Tensor | None]:
 
 
 MASKS = masks()
+# Of every row of two sequences; some do not count.
+WEIGHT = torch.linspace(-0.5, 2.0, 2 * LENGTH, dtype=torch.float64).view(2, LENGTH)
+WEIGHT[:, ::4] = 0.0
 
 
 def results(function: Callable, backend: str, inputs: list[Tensor]) -> list[Tensor]:
@@ -88,10 +91,14 @@ def check_parity(function: Callable, *inputs: Tensor, rtol: float = 1e-10) -> No
 
 
 def relation(
-    mask: Tensor | None = None, causal: bool = False, dtype: torch.dtype = torch.float64
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float64,
+    weighs: bool = False,
 ) -> tuple[Callable, Tensor]:
     teacher = randn(2, LENGTH, 12, seed=1).to(dtype)
     options = {"heads": 3, "mask": mask, "causal": causal, "temperature": 0.7}
+    options["row_weight"] = WEIGHT.to(dtype) if weighs else None
     return lambda s, **o: relation_kl(s, teacher, **options, **o), randn(2, LENGTH, 6).to(dtype)
 
 
@@ -101,25 +108,45 @@ def attention(
     key_heads: tuple[int, int] = (3, 2),
     dtype: torch.dtype = torch.float64,
     loss: Callable = attention_kl,
+    weighs: bool = False,
 ) -> tuple[Callable, Tensor, Tensor]:
     shapes = (6, 3), (key_heads[0], 3), (6, 5), (key_heads[1], 5)
     vectors = [randn(2, h, LENGTH, d, seed=i).to(dtype) for i, (h, d) in enumerate(shapes)]
     student, teacher = vectors[:2], vectors[2:]
     options = {"mask": mask, "causal": causal, "student_scale": 0.9}
+    options["row_weight"] = WEIGHT.to(dtype) if weighs else None
     return lambda q, k, **o: loss(q, k, *teacher, **options, **o), *student
 
 
+@pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_relation_parity(name: str, causal: bool, device_path: None) -> None:
-    check_parity(*relation(MASKS[name], causal))
+def test_relation_parity(name: str, causal: bool, weighs: bool, device_path: None) -> None:
+    check_parity(*relation(MASKS[name], causal, weighs=weighs))
 
 
+@pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize("loss", [attention_kl, attention_mse])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_attention_parity(name: str, causal: bool, loss: Callable, device_path: None) -> None:
-    check_parity(*attention(MASKS[name], causal, loss=loss))
+def test_attention_parity(
+    name: str, causal: bool, loss: Callable, weighs: bool, device_path: None
+) -> None:
+    check_parity(*attention(MASKS[name], causal, loss=loss, weighs=weighs))
+
+
+@pytest.mark.parametrize("backend", ["eager", "streamed"])
+@pytest.mark.parametrize("given", [relation, attention])
+def test_weighted_rows_are_their_sum(given: Callable, backend: str) -> None:
+    rows, *inputs = given(MASKS["holes"])
+    expected = results(lambda *x, **o: (rows(*x, **o) * WEIGHT[:, None]).sum(), backend, inputs)
+    found = results(given(MASKS["holes"], weighs=True)[0], backend, inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match=r"row_weight is of shape \(22,\); it must be \(2, 11\)"):
+        if given is relation:
+            relation_kl(*inputs, *inputs, heads=3, row_weight=WEIGHT.flatten())
+        attention_kl(*inputs, *inputs, row_weight=WEIGHT.flatten())
 
 
 # Key heads of student and teacher under 6 query heads; 2 and 3 make groups that do not nest.
@@ -187,7 +214,7 @@ def sum_in_fp32(out: Tensor, left: Tensor, right: Tensor, scale: float, keep: fl
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["relation_kl", "attention_kl", *KL_KINDS])
+@pytest.mark.parametrize("name", ["relation_kl", "relation_kl_sum", "attention_kl", *KL_KINDS])
 def test_sixteen_bit_factors_stay_so(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,8 +224,8 @@ def test_sixteen_bit_factors_stay_so(
     monkeypatch.setattr(row_kl, "multiplies_16_bits", products.multiplies_16_bits)
     monkeypatch.setattr(products, "_product", sum_in_fp32)
     monkeypatch.setattr(blocks, "CPU", "no device of this name")
-    if name == "relation_kl":
-        function, *inputs = relation(MASKS["holes"], dtype=dtype)
+    if name.startswith("relation_kl"):
+        function, *inputs = relation(MASKS["holes"], dtype=dtype, weighs=name.endswith("sum"))
     elif name == "attention_kl":
         function, *inputs = attention(MASKS["left"], dtype=dtype)
     else:
@@ -260,6 +287,7 @@ def test_a_perfect_student_has_exactly_no_loss(
         (lambda s: relation_kl(s, tokens, heads=3, mask=mask), tokens),
         (lambda s: relation_kl(s, tokens, heads=3, mask=mask, causal=True), tokens),
         (lambda s: attention_kl(s, s[:, ::3], heads, heads[:, ::3], mask=mask), heads),
+        (lambda s: relation_kl(s, tokens, heads=3, mask=mask, row_weight=WEIGHT), tokens),
         (lambda s: similarity_kl(s, samples, mask=one_mask), samples),
         (lambda s: similarity_mse(s, samples), samples),
     ):
@@ -430,9 +458,27 @@ def test_a_frozen_head_or_hidden_state_gets_no_gradient(
     assert made and all(grads[1 - needed] is None for grads in made)
 
 
+@pytest.mark.parametrize("given", [relation, attention])
+def test_no_gradient_is_made_where_none_is_wanted(
+    given: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, *inputs = given(weighs=True)
+    expected = function(*inputs, backend="eager")
+    monkeypatch.setattr(row_kl, "_gradients", never)
+    student = [x.clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        value = function(*student, backend="streamed")
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(function(*inputs, backend="streamed"), expected)
+    with pytest.raises(AssertionError, match="gradient work"):
+        function(*student, backend="streamed")
+
+
+def never(*args: object) -> None:
+    raise AssertionError("gradient work")
+
+
 def test_nothing_is_made_for_gradients_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*args: object) -> None:
-        raise AssertionError("gradient work")
 
     expected = linear_divergence(*HEADS, kind="forward_kl", backend="eager")
     monkeypatch.setattr(heads_in_chunks, "_add_gradients", never)
@@ -449,6 +495,9 @@ def every_operation() -> dict[str, tuple[Callable, list[Tensor]]]:
     samples = randn(LENGTH, 3, seed=1)
     found = {"relation_kl": relation(), "attention_kl": attention()}
     found["attention_mse"] = attention(causal=True, loss=attention_mse)
+    found["relation_kl_sum"] = relation(MASKS["holes"], weighs=True)
+    found["attention_kl_sum"] = attention(MASKS["left"], weighs=True)
+    found["attention_mse_sum"] = attention(loss=attention_mse, weighs=True)
     found["similarity_kl"] = lambda s, **o: similarity_kl(s, samples, **o), randn(LENGTH, 3)
     found["info_nce"] = lambda s, **o: info_nce(s, samples, **o), randn(LENGTH, 3)
     found["similarity_mse"] = (lambda s, backend: similarity_mse(s, samples), randn(LENGTH, 3))
@@ -495,7 +544,14 @@ def test_small_blocks_are_really_many() -> None:
     assert len(list(heads_in_chunks._chunks(torch.zeros(LENGTH, 1), 9, torch.float32))) == 3
 
 
-@pytest.mark.parametrize("given", [relation, lambda mask: attention(mask, loss=attention_mse)])
+@pytest.mark.parametrize(
+    "given",
+    [
+        relation,
+        lambda mask: attention(mask, loss=attention_mse),
+        lambda mask: relation(mask, weighs=True),
+    ],
+)
 def test_memory_does_not_grow_with_the_square_of_the_length(given: Callable) -> None:
     """No tensor that lives between forward and backward is larger than the inputs."""
     function, *students = given(MASKS["holes"])

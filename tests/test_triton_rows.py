@@ -60,6 +60,19 @@ def test_wide_relation_kl_is_the_definition(interpreted: Callable, case: tuple) 
     interpreted(check_wide_relation, *case)
 
 
+def check_weighted_relation(widths: tuple[int, int]) -> None:
+    student, teacher = (randn(2, 33, width, seed=seed) for seed, width in enumerate(widths))
+    weight = randn(2, 33, seed=7).where(torch.arange(33) % 4 != 1, 0.0)
+    options = {"heads": 1, "mask": padding("holes", 2, 33), "row_weight": weight}
+    upstream = torch.tensor(1.5)
+    check_parity(pair(relation_kl, teacher, **options, temperature=4.0), [student], weight=upstream)
+
+
+@pytest.mark.parametrize("widths", [(24, 16), (260, 384)], ids=["kernel", "by rows"])
+def test_weighted_relation_kl_is_the_definition(interpreted: Callable, widths: tuple) -> None:
+    interpreted(check_weighted_relation, widths)
+
+
 def check_similarity(
     dtype: torch.dtype, samples: int, normalize: bool, diagonal: bool, masked: bool
 ) -> None:

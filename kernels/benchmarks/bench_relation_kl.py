@@ -57,11 +57,35 @@ def work(shape: Relation, size: int) -> list[Work]:
     return [forward, pairs(count, widths, 1, moved)[1]]
 
 
+def weighted_inputs(shape: Relation, randn: Callable[..., Tensor]) -> Given:
+    student, teacher = inputs(shape, randn)
+    # As the objective weighs them, times their number: the gradient of one row does not vanish.
+    return student, [*teacher, randn(shape.batch, shape.length).abs()]
+
+
+def our_sum(shape: Relation, backend: str) -> Callable[..., Tensor]:
+    return lambda student, teacher, weight: ours(shape, backend)(
+        student, teacher, row_weight=weight
+    )
+
+
+def plain_sum(shape: Relation) -> Callable[..., Tensor]:
+    rows = plain(shape)
+    return lambda *given: (rows(*given[:2]) * given[2].unsqueeze(1)).sum()
+
+
+def sum_work(shape: Relation, size: int) -> list[Work]:
+    """The gradient is made in the forward pass, of the same scores."""
+    _, both = work(shape, size)
+    return [both, Work(0, 0, shape.batch * shape.heads * shape.length * shape.student_width * size)]
+
+
 def _heads(x: Tensor, shape: Relation) -> Tensor:  # [B, L, R*d] -> [B, R, L, d]
     return x.unflatten(-1, (shape.heads, -1)).transpose(1, 2)
 
 
 RELATION_KL = Operation("relation_kl", inputs, ours, plain, work, others)
+RELATION_KL_SUM = Operation("relation_kl_sum", weighted_inputs, our_sum, plain_sum, sum_work)
 
 if __name__ == "__main__":
-    main(RELATION_KL)
+    main(RELATION_KL, RELATION_KL_SUM)

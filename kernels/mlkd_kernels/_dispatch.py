@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlkd_kernels.rows import weighted_sum
+
 
 class Operation:
     """Calls the backend of a name with tensors and options; in compiled code torch.ops.mlkd.<name>.
@@ -111,6 +113,17 @@ class Operation:
             found = [found] if self.leaves == 1 else found
         found = [x if want else None for x, want in zip(found, ctx.wanted, strict=True)]
         return *found, *[None] * (self.tensors - self.leaves + len(ctx.others))
+
+
+def summed(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a backend that gives rows, one that has their weights as a last tensor and gives the
+    sum."""
+    return lambda *tensors, **options: weighted_sum(rows(*tensors[:-1], **options), tensors[-1])
+
+
+def weighing(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same of a backend that sums by itself where it is given `row_weight`."""
+    return lambda *tensors, **options: rows(*tensors[:-1], row_weight=tensors[-1], **options)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, head_lacks
-from mlkd_kernels._dispatch import Operation
-from mlkd_kernels.rows import drop_masked, gram, keep_or_all, row_kl, token_pairs, wide_type
+from mlkd_kernels._dispatch import Operation, summed, weighing
+from mlkd_kernels.rows import (
+    check_row_weight,
+    drop_masked,
+    gram,
+    keep_or_all,
+    row_kl,
+    token_pairs,
+    wide_type,
+)
 from mlkd_kernels.streamed import attention_map as streamed
 
 
@@ -21,21 +29,26 @@ def attention_kl(
     causal: bool = False,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
+    row_weight: Tensor | None = None,  # [B, L]
     backend: str = "auto",
-) -> Tensor:  # [B, H, L]
+) -> Tensor:  # [B, H, L], or a scalar
     """KL(P_i || Q_i) of the attention rows P_i = softmax_j(teacher_scale * <q_i, k_j>).
 
     Q_i is the student's likewise; the scale defaults to 1/sqrt(d). With fewer key heads than query
     heads, query head h reads key head h // (H / Hkv). No temperature. A masked token is neither row
-    nor key and its row is 0; with `causal` j runs to i. Raises ValueError where the models' query
-    heads, batches or lengths differ or key heads do not divide query heads. Aguilar et al. 2020
-    (arXiv 1910.03723).
+    nor key and its row is 0; with `causal` j runs to i. With `row_weight` the sum over heads and
+    tokens of weight times KL, the same number for less: its gradient, of the student alone, is made
+    in the forward pass. Raises ValueError where the models' query heads, batches or lengths differ,
+    weights have another shape, or key heads do not divide query heads. Aguilar et al. 2020 (arXiv
+    1910.03723).
     """
     vectors = student_query, student_key, teacher_query, teacher_key
-    keep, scales = _checked(vectors, mask, student_scale, teacher_scale)
+    keep, scales = _checked(vectors, mask, student_scale, teacher_scale, row_weight)
     queries = student_query, teacher_query
     lacks = head_lacks(*(x.shape[-1] for x in queries), *(x.dtype for x in queries))
     backend = choose(backend, student_query, triton_lacks=lacks)
+    if row_weight is not None:
+        return KL_SUM(backend, *vectors, keep, row_weight.detach(), causal=causal, **scales)
     return KL(backend, *vectors, keep, causal=causal, **scales)
 
 
@@ -49,17 +62,20 @@ def attention_mse(
     causal: bool = False,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
+    row_weight: Tensor | None = None,  # [B, L]
     backend: str = "auto",
-) -> Tensor:  # [B, H, L]
+) -> Tensor:  # [B, H, L], or a scalar
     """Mean over j of (s_ij - t_ij)^2, the scores before the softmax: t_ij = scale <q_i, k_j>.
 
-    s_ij is the student's likewise. Key heads, scales, mask and `causal` are as in attention_kl, and
-    so is what raises. Jiao et al. 2020 (arXiv 1909.10351), L_attn; our reading: scaled scores, and
-    the mean is over the keys that a row may look at.
+    s_ij is the student's likewise. Key heads, scales, mask, `causal` and `row_weight` are as in
+    attention_kl, and so is what raises. Jiao et al. 2020 (arXiv 1909.10351), L_attn; our reading:
+    scaled scores, and the mean is over the keys that a row may look at.
     """
     vectors = student_query, student_key, teacher_query, teacher_key
-    keep, scales = _checked(vectors, mask, student_scale, teacher_scale)
+    keep, scales = _checked(vectors, mask, student_scale, teacher_scale, row_weight)
     backend = choose(backend, student_query, triton_lacks="attention_mse has no Triton kernel")
+    if row_weight is not None:
+        return MSE_SUM(backend, *vectors, keep, row_weight.detach(), causal=causal, **scales)
     return MSE(backend, *vectors, keep, causal=causal, **scales)
 
 
@@ -111,6 +127,7 @@ def _checked(
     mask: Tensor | None,
     student_scale: float | None,
     teacher_scale: float | None,
+    row_weight: Tensor | None,
 ) -> tuple[Tensor | None, dict[str, float]]:
     """The mask and the scales; ValueError where heads, batches, lengths or key heads do not go
     together."""
@@ -123,6 +140,7 @@ def _checked(
             "which cuts both widths anew."
         )
     keep = None if mask is None else keep_or_all(mask, student_query.transpose(1, 2), 2)
+    check_row_weight(row_weight, student_query.transpose(1, 2).shape[:2])
     return keep, {
         "student_scale": _scale("student", student_query, student_key, student_scale),
         "teacher_scale": _scale("teacher", teacher_query, teacher_key, teacher_scale),
@@ -152,6 +170,10 @@ def _like(student_query: Tensor, *others: Tensor | None, **_: Any) -> Tensor:
     return student_query.new_empty(student_query.shape[:3], dtype=wide_type(*vectors))
 
 
+def _like_sum(*tensors: Tensor | None, **_: Any) -> Tensor:
+    return tensors[0].new_empty((), dtype=wide_type(*tensors[:4]))
+
+
 SCHEMA = (
     "Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
     "Tensor? keep, bool causal, float student_scale, float teacher_scale"
@@ -169,4 +191,25 @@ MSE = Operation(
     SCHEMA,
     leaves=2,
     like=_like,
+)
+SUM_SCHEMA = SCHEMA.replace("Tensor? keep", "Tensor? keep, Tensor row_weight")
+KL_SUM = Operation(
+    "attention_kl_sum",
+    {
+        "eager": summed(eager),
+        "streamed": weighing(streamed.attention_kl),
+        "triton": summed(_triton),
+    },
+    SUM_SCHEMA,
+    leaves=2,
+    like=_like_sum,
+    scalar=True,
+)
+MSE_SUM = Operation(
+    "attention_mse_sum",
+    {"eager": summed(eager_mse), "streamed": weighing(streamed.attention_mse)},
+    SUM_SCHEMA,
+    leaves=2,
+    like=_like_sum,
+    scalar=True,
 )

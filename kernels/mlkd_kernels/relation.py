@@ -5,14 +5,16 @@ from typing import Any
 from torch import Tensor
 
 from mlkd_kernels._backend import choose, head_lacks, type_lacks
-from mlkd_kernels._dispatch import Operation
+from mlkd_kernels._dispatch import Operation, summed, weighing
 from mlkd_kernels.rows import (
     check_positive,
+    check_row_weight,
     drop_masked,
     gram,
     keep_or_all,
     row_kl,
     token_pairs,
+    weighted_sum,
     wide_type,
 )
 from mlkd_kernels.streamed import relation as streamed
@@ -32,15 +34,18 @@ def relation_kl(
     student_scale: float | None = None,
     teacher_scale: float | None = None,
     temperature: float = 1.0,
+    row_weight: Tensor | None = None,  # [B, L]
     backend: str = "auto",
-) -> Tensor:  # [B, R, L]
+) -> Tensor:  # [B, R, L], or a scalar
     """KL(P_i || Q_i) for every relation head and token i.
 
     P_i = softmax_j(teacher_scale * <t_i, t_j> / temperature), Q_i likewise of the student, on the
     `heads` equal blocks of the width; the scale defaults to 1/sqrt(width of a block). No T^2
-    inside. A masked token is neither row nor key and its row is 0; with `causal` j runs to i.
-    Raises ValueError where a width is not divisible by `heads`, or batches or lengths differ. Wang
-    et al. 2021 (arXiv 2012.15828); Zhang, Yang, Ji 2024 (arXiv 2407.02775).
+    inside. A masked token is neither row nor key and its row is 0; with `causal` j runs to i. With
+    `row_weight` the sum over heads and tokens of weight times KL, the same number for less: its
+    gradient, of the student alone, is made in the forward pass. Raises ValueError where a width is
+    not divisible by `heads`, or batches, lengths or weights differ. Wang et al. 2021 (arXiv
+    2012.15828); Zhang, Yang, Ji 2024 (arXiv 2407.02775).
     """
     check_positive("temperature", temperature)
     if student.shape[:2] != teacher.shape[:2]:
@@ -49,6 +54,7 @@ def relation_kl(
             "length must be the same."
         )
     keep = None if mask is None else keep_or_all(mask, student, 2)
+    check_row_weight(row_weight, student.shape[:2])
     options = {
         "heads": heads,
         "causal": causal,
@@ -56,9 +62,11 @@ def relation_kl(
         "teacher_scale": _scale("teacher", teacher, heads, teacher_scale) / temperature,
     }
     backend = choose(backend, student, triton_lacks=type_lacks(student.dtype, teacher.dtype))
+    if row_weight is not None:
+        return SUM(backend, student, teacher, keep, row_weight.detach(), **options)
     if backend == "streamed" and _keeping_is_cheaper(student, teacher, heads):
         backend = "eager"
-    return OPERATION(backend, student, teacher, keep, **options)
+    return ROWS(backend, student, teacher, keep, **options)
 
 
 def eager(
@@ -100,7 +108,13 @@ def _keeping_is_cheaper(student: Tensor, teacher: Tensor, heads: int) -> bool:
 
 
 def _triton(
-    student: Tensor, teacher: Tensor, keep: Tensor | None, *, heads: int, **options: Any
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    *,
+    heads: int,
+    row_weight: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     # Imported here since triton need not be installed.
     from mlkd_kernels.triton.relation import relation_kl as kernel
@@ -108,8 +122,9 @@ def _triton(
 
     widths = (x.shape[-1] // heads for x in (student, teacher))
     if head_lacks(*widths) is None:
-        return kernel(student, teacher, keep, heads=heads, **options)
-    return streamed.relation_kl(student, teacher, keep, heads=heads, ops=FUSED, **options)
+        return weighted_sum(kernel(student, teacher, keep, heads=heads, **options), row_weight)
+    options |= {"heads": heads, "row_weight": row_weight, "ops": FUSED}
+    return streamed.relation_kl(student, teacher, keep, **options)
 
 
 def _like(student: Tensor, teacher: Tensor, keep: Tensor | None, *, heads: int, **_: Any) -> Tensor:
@@ -117,11 +132,23 @@ def _like(student: Tensor, teacher: Tensor, keep: Tensor | None, *, heads: int, 
     return student.new_empty(batch, heads, length, dtype=wide_type(student, teacher))
 
 
-OPERATION = Operation(
+OPTIONS = "int heads, bool causal, float student_scale, float teacher_scale"
+ROWS = Operation(
     "relation_kl",
     {"eager": eager, "streamed": streamed.relation_kl, "triton": _triton},
-    "Tensor student, Tensor teacher, Tensor? keep, int heads, bool causal, float student_scale, "
-    "float teacher_scale",
+    f"Tensor student, Tensor teacher, Tensor? keep, {OPTIONS}",
     leaves=1,
     like=_like,
+)
+SUM = Operation(
+    "relation_kl_sum",
+    {
+        "eager": summed(eager),
+        "streamed": weighing(streamed.relation_kl),
+        "triton": weighing(_triton),
+    },
+    f"Tensor student, Tensor teacher, Tensor? keep, Tensor row_weight, {OPTIONS}",
+    leaves=1,
+    like=lambda *tensors, **_: tensors[0].new_empty((), dtype=wide_type(*tensors[:2])),
+    scalar=True,
 )

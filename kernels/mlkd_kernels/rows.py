@@ -65,6 +65,22 @@ def zero_masked(x: Tensor, keep: Tensor) -> Tensor:  # [..., D], [...] -> [..., 
     return torch.where(keep.unsqueeze(-1), x, 0.0)
 
 
+def check_row_weight(row_weight: Tensor | None, shape: torch.Size) -> None:
+    if row_weight is not None and row_weight.shape != shape:
+        raise ValueError(
+            f"row_weight is of shape {tuple(row_weight.shape)}; it must be {tuple(shape)}, one "
+            "number per token."
+        )
+
+
+def weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:  # [B, R, L], [B, L] -> scalar
+    """The rows as they are where there are no weights. A row without weight cannot matter."""
+    if row_weight is None:
+        return rows
+    weight = row_weight.unsqueeze(1)
+    return (torch.where(weight != 0, rows, 0.0) * weight).sum()
+
+
 def token_pairs(keep: Tensor, causal: bool) -> Tensor:  # [B, L] -> [B, 1, L, L]
     """True where row i may look at key j: both are real and, where causal, j <= i."""
     allowed = keep[:, None, :, None] & keep[:, None, None, :]

@@ -22,7 +22,9 @@ a row of logits per token. These are never all made: it is called with the HeadR
 teacher, the weight and the label of every row, and returns the weighted sum of its rows.
 
 The constants and signatures are read without importing the file, so they are literals. `backend`,
-where a loss has it, is filled from the run's `kernels`.
+where a loss has it, is filled from the run's `kernels`. A loss that has `row_weight` [B, L], and is
+given it, returns the sum of weight times row, of which it averages the heads: a kernel that knows
+the weights makes the gradient along with the value.
 """
 
 import importlib

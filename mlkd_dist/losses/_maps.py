@@ -8,8 +8,12 @@ from mlkd_dist.trace import Layer
 
 
 def map_rows(
-    kernel: Callable[..., Tensor], student: Layer, teacher: Layer, backend: str
-) -> Tensor:  # [B, H, L]
+    kernel: Callable[..., Tensor],
+    student: Layer,
+    teacher: Layer,
+    row_weight: Tensor | None,  # [B, L]
+    backend: str,
+) -> Tensor:  # [B, H, L], or a scalar
     """`kernel` of the attention maps of two layers, with each model's own scale. Raises ValueError
     where only one of them is causal: their rows run over different keys."""
     if student.causal != teacher.causal:
@@ -26,5 +30,6 @@ def map_rows(
         causal=student.causal,
         student_scale=student.scale,
         teacher_scale=teacher.scale,
+        row_weight=None if row_weight is None else row_weight / student.heads,
         backend=backend,
     )

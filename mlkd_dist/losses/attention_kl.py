@@ -14,7 +14,13 @@ PROJECTION = False
 SAME_HEADS = True
 
 
-def attention_kl(student: Layer, teacher: Layer, *, backend: str = "auto") -> Tensor:  # [B, H, L]
+def attention_kl(
+    student: Layer,
+    teacher: Layer,
+    *,
+    row_weight: Tensor | None = None,  # [B, L]
+    backend: str = "auto",
+) -> Tensor:  # [B, H, L], or a scalar
     """KL(P_i || Q_i) for every head and token i, P_i = softmax_j(scale * <q_i, k_j>).
 
     q and k are the teacher's queries and keys as they enter attention, its scale the model's own;
@@ -24,4 +30,4 @@ def attention_kl(student: Layer, teacher: Layer, *, backend: str = "auto") -> Te
     Aguilar et al. 2020 (arXiv 1910.03723). Our reading: the mean over heads and tokens, the sum
     over layers.
     """
-    return map_rows(kernel, student, teacher, backend)
+    return map_rows(kernel, student, teacher, row_weight, backend)

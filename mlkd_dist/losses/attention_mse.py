@@ -14,7 +14,13 @@ PROJECTION = False
 SAME_HEADS = True
 
 
-def attention_mse(student: Layer, teacher: Layer, *, backend: str = "auto") -> Tensor:  # [B, H, L]
+def attention_mse(
+    student: Layer,
+    teacher: Layer,
+    *,
+    row_weight: Tensor | None = None,  # [B, L]
+    backend: str = "auto",
+) -> Tensor:  # [B, H, L], or a scalar
     """Mean over j of (s_ij - t_ij)^2 for every head and token i, t_ij = scale * <q_i, k_j>.
 
     q and k are the teacher's queries and keys as they enter attention, its scale the model's own;
@@ -23,4 +29,4 @@ def attention_mse(student: Layer, teacher: Layer, *, backend: str = "auto") -> T
     ValueError where the heads differ or only one model is causal. L_attn of TinyBERT (Jiao et al.
     2020, arXiv 1909.10351). Our reading: the mean over heads and tokens, the sum over layers.
     """
-    return map_rows(kernel, student, teacher, backend)
+    return map_rows(kernel, student, teacher, row_weight, backend)

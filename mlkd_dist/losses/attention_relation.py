@@ -22,8 +22,9 @@ def attention_relation(
     causal: bool | None = None,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
+    row_weight: Tensor | None = None,  # [B, L]
     backend: str = "auto",
-) -> Tensor:  # [B, R, L]
+) -> Tensor:  # [B, R, L], or a scalar
     """KL(P_i || Q_i) for every split and token i, summed over the vectors that `of` names.
 
     P_i = softmax_j(teacher_scale * <o_i, o_j> / T), o the split's block of the teacher's vectors,
@@ -57,6 +58,7 @@ def attention_relation(
                 student_scale=student_scale,
                 teacher_scale=teacher_scale,
                 temperature=temperature,
+                row_weight=None if row_weight is None else row_weight / splits,
                 backend=backend,
             )
         )

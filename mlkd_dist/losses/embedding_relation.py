@@ -19,8 +19,9 @@ def embedding_relation(
     temperature: float = 1.0,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
+    row_weight: Tensor | None = None,  # [B, L]
     backend: str = "auto",
-) -> Tensor:  # [B, L]
+) -> Tensor:  # [B, L], or a scalar
     """KL(P_i || Q_i) for every token i, P_i = softmax_j(teacher_scale * <e_i, e_j> / T).
 
     e are the teacher's embeddings, Q_i is the student's likewise, T the temperature; no T^2 inside.
@@ -37,6 +38,7 @@ def embedding_relation(
         student_scale=student_scale,
         teacher_scale=teacher_scale,
         temperature=temperature,
+        row_weight=row_weight,
         backend=backend,
     )
-    return rows.squeeze(1)
+    return rows.squeeze(1) if row_weight is None else rows

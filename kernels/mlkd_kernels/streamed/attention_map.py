@@ -6,7 +6,7 @@ from torch import Tensor
 from mlkd_kernels.rows import wide_type, zero_masked
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.row_ops import PLAIN, SQUARES, RowOps
-from mlkd_kernels.streamed.tokens import token_limits
+from mlkd_kernels.streamed.tokens import of_heads, token_limits
 
 
 def attention_kl(
@@ -19,13 +19,17 @@ def attention_kl(
     causal: bool,
     student_scale: float,
     teacher_scale: float,
+    row_weight: Tensor | None = None,  # [B, L]
     ops: RowOps = PLAIN,
-) -> Tensor:  # [B, H, L]
+) -> Tensor:  # [B, H, L], or a scalar
     given = student_query, student_key, teacher_query.detach(), teacher_key.detach()
     vectors = [_flat(x, keep) for x in given]
     limits = token_limits(keep, student_query.shape[1], causal, vectors[0].dtype)
-    rows = row_kl(*vectors, (student_scale, teacher_scale), limits, ops)
-    return rows.view(student_query.shape[:3])
+    scales = student_scale, teacher_scale
+    if row_weight is not None:
+        row_weight = of_heads(row_weight, student_query.shape[1])
+        return row_kl(*vectors, scales, limits, ops, row_weight)
+    return row_kl(*vectors, scales, limits, ops).view(student_query.shape[:3])
 
 
 def attention_mse(
@@ -38,16 +42,19 @@ def attention_mse(
     causal: bool,
     student_scale: float,
     teacher_scale: float,
-) -> Tensor:  # [B, H, L]
+    row_weight: Tensor | None = None,  # [B, L]
+) -> Tensor:  # [B, H, L], or a scalar
     vectors = [student_query, student_key, teacher_query, teacher_key]
     # Unlike Q - P the gap of two scores knows no bound, and fp16 a low one.
     vectors = [x.float() if x.dtype == torch.float16 else x for x in vectors]
     scales = {"student_scale": student_scale, "teacher_scale": teacher_scale}
-    sums = attention_kl(*vectors, keep, causal=causal, **scales, ops=SQUARES)
-    wide = wide_type(*vectors)
-    real = sums.new_ones(sums.shape[0], sums.shape[2]) if keep is None else keep.to(wide)
-    keys = real.cumsum(1) if causal else real.sum(1, keepdim=True)
-    return sums / keys.clamp_min(1).unsqueeze(1)
+    wide, (batch, _, length, _) = wide_type(*vectors), student_query.shape
+    real = student_query.new_ones(batch, length, dtype=wide) if keep is None else keep.to(wide)
+    keys = (real.cumsum(1) if causal else real.sum(1, keepdim=True)).clamp_min(1)
+    options = {"causal": causal, **scales, "ops": SQUARES}
+    if row_weight is not None:
+        return attention_kl(*vectors, keep, **options, row_weight=row_weight / keys)
+    return attention_kl(*vectors, keep, **options) / keys.unsqueeze(1)
 
 
 def _flat(x: Tensor, keep: Tensor | None) -> Tensor:  # [B, H, L, d] -> [B*H, L, d]

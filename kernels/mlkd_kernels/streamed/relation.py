@@ -5,7 +5,7 @@ from torch import Tensor
 from mlkd_kernels.rows import zero_masked
 from mlkd_kernels.streamed.row_kl import row_kl
 from mlkd_kernels.streamed.row_ops import PLAIN, RowOps
-from mlkd_kernels.streamed.tokens import token_limits
+from mlkd_kernels.streamed.tokens import of_heads, token_limits
 
 
 def relation_kl(
@@ -17,15 +17,17 @@ def relation_kl(
     causal: bool,
     student_scale: float,
     teacher_scale: float,
+    row_weight: Tensor | None = None,  # [B, L]
     ops: RowOps = PLAIN,
-) -> Tensor:  # [B, R, L]
+) -> Tensor:  # [B, R, L], or a scalar
     batch, length = student.shape[:2]
     student, teacher = (_split(x, keep, heads) for x in (student, teacher))
     limits = token_limits(keep, heads, causal, student.dtype)
-    rows = row_kl(
-        student, None, teacher.detach(), None, (student_scale, teacher_scale), limits, ops
-    )
-    return rows.view(batch, heads, length)
+    scales = student_scale, teacher_scale
+    vectors = student, None, teacher.detach(), None
+    if row_weight is not None:
+        return row_kl(*vectors, scales, limits, ops, of_heads(row_weight, heads))
+    return row_kl(*vectors, scales, limits, ops).view(batch, heads, length)
 
 
 def _split(x: Tensor, keep: Tensor | None, heads: int) -> Tensor:  # [B, L, R*d] -> [B*R, L, d]

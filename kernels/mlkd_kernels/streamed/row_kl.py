@@ -57,14 +57,20 @@ def row_kl(
     scales: tuple[float, float],  # student's, teacher's
     limits: Limits,
     ops: RowOps = PLAIN,
-) -> Tensor:  # [H, M]
-    """KL(P_i || Q_i), P_i = softmax_j(scale <query_i, key_j>), Q_i the student's likewise."""
+    row_weight: Tensor | None = None,  # [H, M]
+) -> Tensor:  # [H, M], or a scalar
+    """KL(P_i || Q_i), P_i = softmax_j(scale <query_i, key_j>), Q_i the student's likewise; with
+    weights the sum over all rows, whose gradient is made in the forward pass."""
     vectors = [student_query, student_key, teacher_query, teacher_key]
     wide = wide_type(*vectors)
     for i in (0, 2):
         query, key = vectors[i : i + 2]
         query, found = factors(query, query if key is None else key, wide)
         vectors[i : i + 2] = query, None if key is None else found
+    if row_weight is not None:
+        if not torch.is_grad_enabled():
+            vectors = [None if x is None else x.detach() for x in vectors]
+        return _SumKL.apply(*vectors, row_weight.detach().to(wide), scales, limits, ops)
     return _RowKL.apply(*vectors, wide, scales, limits, ops)
 
 
@@ -85,50 +91,98 @@ class _RowKL(torch.autograd.Function):
         vectors = student_query, student_key, teacher_query, teacher_key
         ctx.save_for_backward(*vectors)
         ctx.scales, ctx.limits, ctx.ops = scales, limits, ops
-        student, teacher = _sides(vectors, scales)
-        rows = student_query.new_zeros(student_query.shape[:2], dtype=wide)
-        with full_precision(rows):
-            for heads, tokens in _parts(limits, rows):
-                found = _take(rows[heads], tokens)
-                sides = student.part(heads, tokens), teacher.part(heads, tokens)
-                _forward(*sides, _of_part(limits, heads), ops, found)
-                _put(rows[heads], tokens, found)
-        return rows
+        return _values(*_sides(vectors, scales), limits, ops, wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher = _sides(ctx.saved_tensors, ctx.scales)
-        grad, unit = _in_units(grad, student.key)
-        needed = ctx.needs_input_grad
-        as_query = torch.zeros_like(student.query, dtype=grad.dtype) if needed[0] else None
-        as_key = as_query
-        if student.key is not student.query:
-            as_key = torch.zeros_like(student.key, dtype=grad.dtype) if needed[1] else None
-        with full_precision(grad):
-            for heads, tokens in _parts(ctx.limits, grad):
-                side = student.part(heads, tokens)
-                wholes = _slice(as_query, heads), _slice(as_key, student.key_heads(heads))
-                found = [None if x is None else _take(x, tokens) for x in wholes]
-                if as_key is as_query:
-                    found[1] = found[0]
-                upstream = _take(grad[heads], tokens)
-                limits = _of_part(ctx.limits, heads)
-                _backward(side, teacher.part(heads, tokens), limits, ctx.ops, upstream, *found)
-                for whole, part in zip(wholes, found, strict=True):
-                    _put(whole, tokens, part)
-        grads = as_query, None if as_key is as_query else as_key
-        return *(_finished(x, unit, student.query.dtype) for x in grads), *[None] * 6
+        sides = _sides(ctx.saved_tensors, ctx.scales)
+        grads = _gradients(*sides, ctx.limits, ctx.ops, grad, ctx.needs_input_grad)
+        dtype = sides[0].query.dtype
+        return *(None if x is None else x.to(dtype) for x in grads), *[None] * 6
 
 
-def _forward(student: Side, teacher: Side, limits: Limits, ops: RowOps, out: Tensor) -> None:
-    for block in _blocks(student, teacher, limits, out):
-        p = teacher.scores(block, block.buffers[0])
-        q = student.scores(block, block.buffers[1])
-        out[block.heads, block.rows] = ops.kl(p, q, block, limits)
+class _SumKL(torch.autograd.Function):
+    """The weights are known, so that one pass makes the scores, and of them all that is needed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_query: Tensor,
+        student_key: Tensor | None,
+        teacher_query: Tensor,
+        teacher_key: Tensor | None,
+        row_weight: Tensor,
+        scales: tuple[float, float],
+        limits: Limits,
+        ops: RowOps,
+    ) -> Tensor:
+        sides = _sides((student_query, student_key, teacher_query, teacher_key), scales)
+        needed, ctx.dtype = ctx.needs_input_grad, student_query.dtype
+        if any(needed[:2]):
+            rows = torch.zeros_like(row_weight)
+            ctx.save_for_backward(*_gradients(*sides, limits, ops, row_weight, needed, rows))
+        else:
+            rows = _values(*sides, limits, ops, row_weight.dtype)
+        return (torch.where(row_weight != 0, rows, 0.0) * row_weight).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = [None if x is None else (x * grad).to(ctx.dtype) for x in ctx.saved_tensors]
+        return *found, *[None] * 6
 
 
-def _backward(
+def _values(
+    student: Side, teacher: Side, limits: Limits, ops: RowOps, wide: torch.dtype
+) -> Tensor:  # [H, M]
+    rows = student.query.new_zeros(student.query.shape[:2], dtype=wide)
+    with full_precision(rows):
+        for heads, tokens in _parts(limits, rows):
+            found, own = _take(rows[heads], tokens), _of_part(limits, heads)
+            sides = student.part(heads, tokens), teacher.part(heads, tokens)
+            for block in _blocks(*sides, own, found):
+                p = sides[1].scores(block, block.buffers[0])
+                q = sides[0].scores(block, block.buffers[1])
+                found[block.heads, block.rows] = ops.kl(p, q, block, own)
+            _put(rows[heads], tokens, found)
+    return rows
+
+
+def _gradients(
+    student: Side,
+    teacher: Side,
+    limits: Limits,
+    ops: RowOps,
+    grad: Tensor,  # [H, M]
+    needed: tuple[bool, ...],
+    rows: Tensor | None = None,  # [H, M]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the student's queries and keys, wide; None where they are not needed, or the keys are the
+    queries. Where there are `rows`, these get the values."""
+    grad, unit = _in_units(grad, student.key)
+    as_query = torch.zeros_like(student.query, dtype=grad.dtype) if needed[0] else None
+    as_key = as_query
+    if student.key is not student.query:
+        as_key = torch.zeros_like(student.key, dtype=grad.dtype) if needed[1] else None
+    with full_precision(grad):
+        for heads, tokens in _parts(limits, grad):
+            side = student.part(heads, tokens)
+            wholes = _slice(as_query, heads), _slice(as_key, student.key_heads(heads))
+            found = [None if x is None else _take(x, tokens) for x in wholes]
+            if as_key is as_query:
+                found[1] = found[0]
+            upstream, own = _take(grad[heads], tokens), _of_part(limits, heads)
+            values = None if rows is None else _take(rows[heads], tokens)
+            _add(side, teacher.part(heads, tokens), own, ops, upstream, *found, values)
+            for whole, part in zip(wholes, found, strict=True):
+                _put(whole, tokens, part)
+            _put(_slice(rows, heads), tokens, values)
+    grads = as_query, None if as_key is as_query else as_key
+    return tuple(x if x is None or unit is None else x.mul_(unit) for x in grads)
+
+
+def _add(
     student: Side,
     teacher: Side,
     limits: Limits,
@@ -136,21 +190,26 @@ def _backward(
     grad: Tensor,  # [H, M]
     as_query: Tensor | None,  # [H, M, ds]
     as_key: Tensor | None,  # [Hkv, N, ds]
+    rows: Tensor | None,  # [H, M]
 ) -> None:
     """Adds the gradients; a vector that is query and key gets both in the same tensor."""
     for block in _blocks(student, teacher, limits, grad):
         p = teacher.scores(block, block.buffers[0])
         q = student.scores(block, block.buffers[1])
         upstream = grad[block.heads, block.rows]
-        slope = ops.slope(p, q, upstream, block, limits, student.key.dtype)
+        given = p, q, upstream, block, limits, student.key.dtype
+        if rows is None:
+            slope = ops.slope(*given)
+        else:
+            rows[block.heads, block.rows], slope = ops.both(*given)
         keys = student.key_heads(block.heads)
         flat = slope.view(keys.stop - keys.start, -1, block.columns)
         if as_query is not None:
             key = student.key[keys, : block.columns]
             found = grad.new_empty(*flat.shape[:2], key.shape[2])
             put_product(found, flat, key, student.scale)
-            rows = as_query[block.heads, block.rows]
-            rows += found.view(rows.shape)
+            part = as_query[block.heads, block.rows]
+            part += found.view(part.shape)
         if as_key is not None:
             part = as_key[keys, : block.columns]
             add_product(part, flat.mT, student.rows(block), student.scale)
@@ -165,12 +224,6 @@ def _in_units(grad: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         return grad, None
     unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) / FP16_ROOM
     return grad / unit, unit
-
-
-def _finished(grad: Tensor | None, unit: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if grad is None:
-        return None
-    return (grad if unit is None else grad.mul_(unit)).to(dtype)
 
 
 def _blocks(student: Side, teacher: Side, limits: Limits, like: Tensor) -> Iterator[Block]:

@@ -27,9 +27,27 @@ class RowOps(NamedTuple):
     kl: Callable[[Tensor, Tensor, Block, Limits], Tensor]
     # the same and the gradient of the rows [h, r] -> gradient of the student's scores, in a dtype
     slope: Callable[[Tensor, Tensor, Tensor, Block, Limits, torch.dtype], Tensor]
+    # both of them, with the arguments of `slope`
+    both: Callable[[Tensor, Tensor, Tensor, Block, Limits, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def kl(p: Tensor, q: Tensor, block: Block, limits: Limits) -> Tensor:
+    return _powers(p, q, block, limits)[0]
+
+
+def both(
+    p: Tensor, q: Tensor, grad: Tensor, block: Block, limits: Limits, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    value, (power, p_sum), (q, q_sum) = _powers(p, q, block, limits)
+    # The same steps for both: of the same scores the slope is 0 to the bit.
+    power.mul_((grad / p_sum).unsqueeze(-1))
+    return value, q.mul_((grad / q_sum).unsqueeze(-1)).sub_(power).to(dtype)
+
+
+def _powers(
+    p: Tensor, q: Tensor, block: Block, limits: Limits
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The KL, and of teacher and student the powers with the sum of each row."""
     _restrict(p, block, limits)
     _restrict(q, block, limits)
     # The maximum goes first: the difference of two lse keeps its digits if neither is large.
@@ -38,7 +56,8 @@ def kl(p: Tensor, q: Tensor, block: Block, limits: Limits) -> Tensor:
     power = torch.exp(p, out=shaped(block.buffers[2], *block.shape))
     gap = p.sub_(q)
     p_sum, q_sum = power.sum(-1), q.exp_().sum(-1)
-    return power.mul_(gap).sum(-1) / p_sum + (q_sum / p_sum).log()
+    value = gap.mul_(power).sum(-1) / p_sum + (q_sum / p_sum).log()
+    return value, (power, p_sum), (q, q_sum)
 
 
 def slope(
@@ -74,6 +93,14 @@ def squares_slope(
     return _gap(p, q, block, limits).mul_(2 * grad.unsqueeze(-1)).to(dtype)
 
 
+def squares_both(
+    p: Tensor, q: Tensor, grad: Tensor, block: Block, limits: Limits, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    gap = _gap(p, q, block, limits)
+    value = torch.square(gap, out=shaped(block.buffers[2], *block.shape)).sum(-1)
+    return value, gap.mul_(2 * grad.unsqueeze(-1)).to(dtype)
+
+
 def _gap(p: Tensor, q: Tensor, block: Block, limits: Limits) -> Tensor:
     """q - p; a key that does not count has the score 0 in both, but for one that comes later."""
     gap = q.sub_(p)
@@ -82,5 +109,5 @@ def _gap(p: Tensor, q: Tensor, block: Block, limits: Limits) -> Tensor:
     return gap
 
 
-PLAIN = RowOps(kl, slope)
-SQUARES = RowOps(squares, squares_slope)
+PLAIN = RowOps(kl, slope, both)
+SQUARES = RowOps(squares, squares_slope, squares_both)

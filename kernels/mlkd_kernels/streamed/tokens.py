@@ -25,6 +25,10 @@ def token_limits(keep: Tensor | None, heads: int, causal: bool, dtype: torch.dty
     return Limits(bias.repeat_interleave(heads, dim=0), causal)
 
 
+def of_heads(row_weight: Tensor, heads: int) -> Tensor:  # [B, L] -> [B * heads, L]
+    return row_weight.repeat_interleave(heads, dim=0)
+
+
 def _parts(keep: Tensor, heads: int) -> list[tuple[slice, Tensor]]:
     tokens = [row.nonzero().squeeze(1) for row in keep]
     return [(slice(b * heads, (b + 1) * heads), real) for b, real in enumerate(tokens)]

@@ -149,6 +149,12 @@ def slope(
     return out
 
 
+def both(
+    p: Tensor, q: Tensor, grad: Tensor, block: Block, limits: Limits, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return kl(p, q, block, limits), slope(p, q, grad, block, limits, dtype)
+
+
 def _launch(
     kernel: triton.JITFunction,
     p: Tensor,
@@ -168,4 +174,4 @@ def _launch(
         )  # fmt: skip
 
 
-FUSED = RowOps(kl, slope)
+FUSED = RowOps(kl, slope, both)
