@@ -9,6 +9,7 @@ exported. Nothing in any of them is code, and the teacher is in none.
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from mlkd_dist.config import UserError
 from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
 from mlkd_dist.run import on_first
-from mlkd_dist.shards import read_shards, shapes, write_shard
+from mlkd_dist.shards import own_shard, read_shards, shapes
 from mlkd_dist.signals import say
 
 PROJECTIONS = "projections.safetensors"
@@ -64,6 +65,16 @@ class Position:
 
 
 @dataclass
+class Writing:
+    """A checkpoint whose files are being written while the run trains on."""
+
+    name: str
+    facts: dict[str, Any]
+    sealed: Future[dict[str, Any]]
+    """Of the files of this process."""
+
+
+@dataclass
 class Checkpoints:
     """Those of one run. All processes call every method."""
 
@@ -80,6 +91,10 @@ class Checkpoints:
     """Steps between those that the run may go back to; None where it does not."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
     """How often it went back: stage, to, spike, skipped (steps), loss and usual."""
+    beside: ThreadPoolExecutor | None = None
+    """Writes within a stage while the run trains on; None: training waits."""
+    writing: Writing | None = None
+    """What it is at, on all processes alike."""
 
     @property
     def root(self) -> Path:
@@ -88,7 +103,7 @@ class Checkpoints:
     def save(
         self, at: Position, engine: Engine, metrics: list[Any], kept: dict[str, Stateful]
     ) -> None:
-        """Commit a stage after `at.step` steps; `metrics` are those of each process."""
+        """Commit a stage after `at.step` steps, or begin to; `metrics` are of each process."""
         rank_file = f"rank-{self.world.rank:05d}.safetensors"
         scheduler = engine.lr_scheduler
         facts = {
@@ -101,11 +116,33 @@ class Checkpoints:
             "state": {key: thing.state_dict() for key, thing in kept.items()},
         }
 
+        write_shard = own_shard(engine, self.world, copied=self.beside is not None)
+
         def write(folder: Path) -> list[str]:
-            write_shard(engine, self.world, folder / rank_file)
+            write_shard(folder / rank_file)
             return [rank_file]
 
-        self.commit(at, write, facts)
+        if self.beside is None:
+            self.commit(at, write, facts)
+            return
+        assert self.writing is None
+        name = commit.step_name(at.done)
+        partial = self.begin(name)
+        sealed = self.beside.submit(sealed_files, partial, write)
+        self.writing = Writing(name, self.told(at, facts), sealed)
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has nothing to write any more."""
+        return self.writing is None or self.writing.sealed.done()
+
+    def settle(self) -> None:
+        """Commit what is being written, if anything is."""
+        if (writing := self.writing) is None:
+            return
+        self.writing = None
+        self.finish(writing.name, writing.sealed.result, writing.facts)
+        self.agreed(self.prune if self.world.first else nothing)
 
     def save_stage_end(
         self,
@@ -182,43 +219,47 @@ class Checkpoints:
     ) -> str:
         """A checkpoint at `at`, and which one is the best so far."""
         name = commit.step_name(at.done)
-        self.seal(
-            name,
-            write,
-            facts
-            | {
-                "stage": at.stage,
-                "stage_step": at.step,
-                "step": at.done,
-                # What is whole in itself needs no other.
-                "start": None if facts["stage_done"] else at.start,
-                "best": self.best,
-                "rewinds": self.rewinds,
-            },
-        )
+        self.seal(name, write, self.told(at, facts))
         self.agreed(self.prune if self.world.first else nothing)
         return name
 
+    def told(self, at: Position, facts: dict[str, Any]) -> dict[str, Any]:
+        """What a manifest says of a checkpoint at `at`, as things are now."""
+        return facts | {
+            "stage": at.stage,
+            "stage_step": at.step,
+            "step": at.done,
+            # What is whole in itself needs no other.
+            "start": None if facts["stage_done"] else at.start,
+            "best": self.best,
+            "rewinds": self.rewinds,
+        }
+
     def seal(self, name: str, write: Callable[[Path], list[str]], facts: dict[str, Any]) -> None:
-        """Commit and verify what `write` makes: it puts the files of this process into a folder and
-        returns their names. Raises NotSaved on all processes where one of them fails."""
-        partial = self.root / (name + commit.PARTIAL)
+        """Commit what `write` makes: it puts the files of this process into a folder and returns
+        their names. Raises NotSaved on all processes where one of them fails."""
+        partial = self.begin(name)
+        self.finish(name, lambda: sealed_files(partial, write), facts)
+
+    def begin(self, name: str) -> Path:
+        """Where its files belong, on all processes."""
         self.agreed((lambda: commit.begin(self.root, name)) if self.world.first else nothing)
+        return self.root / (name + commit.PARTIAL)
+
+    def finish(
+        self, name: str, sealed: Callable[[], dict[str, Any]], facts: dict[str, Any]
+    ) -> None:
+        """Commit what is whole on disk; `sealed` tells what this process has put there."""
         try:
-            sealed = self.agreed(lambda: commit.seal_files(partial, write(partial)))
-        except NotSaved:
+            files = {file: seal for found in self.agreed(sealed) for file, seal in found.items()}
+            manifest = self.facts | facts | {"files": files}
+            self.agreed(
+                (lambda: commit.commit(self.root, name, manifest)) if self.world.first else nothing
+            )
+        except NotSaved as error:
             if self.world.first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        files = {file: seal for files in sealed for file, seal in files.items()}
-        manifest = self.facts | facts | {"files": files}
-        self.agreed(
-            (lambda: commit.commit(self.root, name, manifest)) if self.world.first else nothing
-        )
-        try:
-            verify.check(self.root, self.world, name, manifest)
-        except Rejected as error:
-            raise NotSaved(f"{name} was damaged while it was written: {error}") from error
+                shutil.rmtree(self.root / (name + commit.PARTIAL), ignore_errors=True)
+            raise NotSaved(f"{name} cannot be written: {error}") from error
 
     def prune(self) -> None:
         """Remove what is old, now that a newer checkpoint verifies."""
@@ -259,7 +300,7 @@ class Checkpoints:
         """What `work` returns on every process. Where it fails on one, NotSaved on all."""
         try:
             outcome = ("done", work())
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, Rejected) as error:
             outcome = ("error", f"process {self.world.rank}: {error}")
         outcomes = gather_objects(outcome)
         if errors := [text for kind, text in outcomes if kind == "error"]:
@@ -300,6 +341,13 @@ class Checkpoints:
 
 def nothing() -> None:
     pass
+
+
+def sealed_files(folder: Path, write: Callable[[Path], list[str]]) -> dict[str, Any]:
+    """Those that `write` puts there, on disk for good and read back."""
+    sealed = commit.seal_files(folder, write(folder))
+    commit.check_files(folder, {"files": sealed}, sealed)
+    return sealed
 
 
 def position(manifest: dict[str, Any]) -> Position:

@@ -55,6 +55,10 @@ class RunConfig:
     each stage and when the run is stopped."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    save_in_background: bool = False
+    """Within a stage, copy what a checkpoint holds to host memory and write it while training goes
+    on; it counts once all processes have written. Takes 12 bytes of host memory a parameter, shared
+    out over the processes."""
     evaluate_every: int | None = None
     """Optimizer steps of a stage between two evaluations of the student on the held-out rows; one
     more follows its last step. Does not change its weights. Default: none before the report."""

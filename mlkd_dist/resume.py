@@ -1,6 +1,7 @@
 """Opening a run folder: a new run, or one that goes on from its newest sound checkpoint."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def open_run(run: Run, found: str) -> tuple[str, Checkpoints, Position]:
         run.folder, run.world, settings.keep_checkpoints, exports=settings.export
     )
     checkpoints.every = settings.checkpoint_every if settings.rewind else None
+    checkpoints.beside = ThreadPoolExecutor(1) if settings.save_in_background else None
     manifest = checkpoints.newest() if found == UNFINISHED else None
     student_path = run.config.student.path or str(run.folder / "student")
     if manifest is not None:

@@ -5,7 +5,7 @@ reads; nothing in these files is code.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from mlkd_dist.engine import Engine, World
 from mlkd_dist.fragments import MOMENTS, Fragment, fragments, make_state, refresh, to_write
 
 
-def write_shard(engine: Engine, world: World, path: Path) -> None:
-    """The part of this process."""
+def own_shard(engine: Engine, world: World, copied: bool) -> Callable[[Path], None]:
+    """What writes the part of this process; `copied` to host memory, so that it may do so while the
+    engine trains on."""
     tensors = dict(own_tensors(engine, world))
-    save_file(tensors, path, {"rng": json.dumps(host_rng())})
+    if copied:
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+    told = {"rng": json.dumps(host_rng())}
+    return lambda path: save_file(tensors, path, told)
 
 
 def read_shards(engine: Engine, world: World, folder: Path, files: list[str], own: bool) -> None:

@@ -173,7 +173,8 @@ def run_steps(
         # Of every later stage the start is there.
         save(at, engine, metrics, opened.kept, checkpoints, watch)
     for step, micro_batches in enumerate(step_batches(run, opened, at), at.step):
-        watch.begin_step(at.first_step + step, batch_mark(run, opened.sampler, step + at.skip))
+        mark = batch_mark(run, opened.sampler, step + at.skip)
+        watch.begin_step(at.first_step + step, mark, not checkpoints.written)
         if opened.policy is not None:
             micro_batches = opened.policy(at.first_step + step, micro_batches)
         train_step(
@@ -195,6 +196,7 @@ def run_steps(
         elif step == at.step:
             wait_at_most(run.config.launch.timeout)
     wait_at_most(PATIENCE)
+    settle(checkpoints)
     if opened.validation is not None:
         evaluate(opened, replace(at, step=opened.steps), checkpoints)
     return None
@@ -206,6 +208,7 @@ def after_spike(opened: Opened, now: Position, checkpoints: Checkpoints) -> Posi
     if spikes is None or line is None or (usual := spikes.usual(line)) is None:
         return None
     wait_at_most(PATIENCE)
+    settle(checkpoints)
     return go_back(now, line, usual, spikes.settings, checkpoints)
 
 
@@ -214,9 +217,12 @@ def between_steps(opened: Opened, now: Position, checkpoints: Checkpoints, watch
     not wait: it evaluates when it goes on."""
     validation = opened.validation
     due = validation is not None and validation.due(now)
-    if not (due or watch.time_to_save):
+    written = checkpoints.writing is not None and watch.written
+    if not (due or watch.time_to_save or written):
         return False
     wait_at_most(PATIENCE)
+    # A manifest names the best student of its time, which a better one replaces.
+    settle(checkpoints)
     if due and watch.stop:
         validation.owed = True
     elif due:
@@ -276,6 +282,8 @@ def after_step(at: Position, engine: Engine, checkpoints: Checkpoints, watch: Wa
     try:
         watch.after_step(at.done, engine.skipped_steps)
     except Diverged as error:
+        wait_at_most(PATIENCE)
+        settle(checkpoints)
         last = commit.latest(checkpoints.root)
         raise Diverged(
             f"{watch.skipped_in_a_row} steps in a row, up to step {at.done}, had a loss or a "
@@ -295,14 +303,27 @@ def save(
     """Within a stage. A disk that is full ends a run only where it was to end."""
     try:
         checkpoints.save(at, engine, gather_objects(metrics.state()), kept)
+        if watch.stop:
+            checkpoints.settle()
     except NotSaved as error:
         if watch.stop:
             raise
-        say(f"warning: no checkpoint after step {at.done}: {error}; the run goes on.")
+        not_saved(error)
     watch.has_saved()
     if watch.stop:
         metrics.close()
         raise Stopped(stopped(at))
+
+
+def settle(checkpoints: Checkpoints) -> None:
+    try:
+        checkpoints.settle()
+    except NotSaved as error:
+        not_saved(error)
+
+
+def not_saved(error: NotSaved) -> None:
+    say(f"warning: {error}; the run goes on.")
 
 
 def train_step(

@@ -12,6 +12,8 @@ from mlkd_dist.engine import World
 from mlkd_dist.signals import SIGNALLED
 
 STARTED = time.monotonic()
+# Where the marks begin in what the processes add up.
+MARKS = 3
 
 
 class Stopped(Exception):
@@ -34,23 +36,25 @@ class Watch:
         self.settings, self.world = settings, world
         self.saved = time.monotonic()
         self.skipped = self.skipped_in_a_row = 0
-        self.stop = self.time_to_save = False
+        self.stop = self.time_to_save = self.written = False
         self.mark = 0
+        self._writes = False
         self._arrived: Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
-    def begin_step(self, step: int, batch: int) -> None:
-        """Optimizer step number `step` of the run, from 0, with a batch that 32 bits tell."""
-        self.mark = (step << 31) | (batch >> 1)
+    def begin_step(self, step: int, batch: int, writes: bool = False) -> None:
+        """Optimizer step number `step` of the run, from 0, with a batch that 32 bits tell; this
+        process `writes` a checkpoint beside it."""
+        self.mark, self._writes = (step << 31) | (batch >> 1), writes
 
-    def flags(self) -> Tensor:  # [2 + world] int64: stop, save, the mark of each process
+    def flags(self) -> Tensor:  # [3 + world] int64: stop, save, write, the mark of each process
         limit, every = self.settings.time_limit, self.settings.checkpoint_minutes
         now = time.monotonic()
         late = limit is not None and now - STARTED > 60 * limit
         due = self.world.first and every is not None and now - self.saved > 60 * every
-        flags = torch.zeros(2 + self.world.size, dtype=torch.int64)
-        flags[0], flags[1] = SIGNALLED.came or late, due
-        flags[2 + self.world.rank] = self.mark
+        flags = torch.zeros(MARKS + self.world.size, dtype=torch.int64)
+        flags[0], flags[1], flags[2] = SIGNALLED.came or late, due, self._writes
+        flags[MARKS + self.world.rank] = self.mark
         return flags.to(self.world.device, non_blocking=True)
 
     def sum_flags(self, flags: Tensor) -> None:
@@ -59,7 +63,7 @@ class Watch:
         if flags.device.type == "cpu":
             self._arrived = flags.clone()
             # Nothing is to be waited for, so that the step is not made at all.
-            self.compare(self._arrived[2:].tolist())
+            self.compare(self._arrived[MARKS:].tolist())
             return
         self._arrived = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         self._arrived.copy_(flags, non_blocking=True)
@@ -71,9 +75,10 @@ class Watch:
         skipped. Raises Diverged."""
         if self._event is not None:
             self._event.synchronize()
-        stop, due, *marks = self._arrived.tolist()
+        stop, due, writing, *marks = self._arrived.tolist()
         self.compare(marks)
         every = self.settings.checkpoint_every
+        self.written = writing == 0
         self.stop = self.stop or stop > 0
         self.time_to_save = due > 0 or self.stop or (every is not None and done % every == 0)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped > self.skipped else 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class Place:
 
     def said(self, name: str) -> list[str]:
         return json.loads((self.base / f"{name}.said").read_text())
+
+    def starts(self, name: str) -> list[int]:
+        """The steps that it went on from."""
+        log = (self.base / "rank0.log").read_text()
+        return [int(n) for n in re.findall(rf"/{name}/run': resuming from step (\d+)", log)]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return weights(self.run(name) / "export")

@@ -6,16 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from places import same
+from safetensors.torch import load_file
+from transformers import get_scheduler
 
-from mlkd_dist import run, watch
+from mlkd_dist import checkpoint, commit, run, watch
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
-from mlkd_dist.config import RunConfig, UserError
-from mlkd_dist.engine import World
+from mlkd_dist.config import Config, RunConfig, UserError
+from mlkd_dist.engine import World, backward, student_engine
+from mlkd_dist.shards import own_shard
 from mlkd_dist.signals import Signals
 from mlkd_dist.watch import Diverged, Watch
 
@@ -43,6 +51,98 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(checkpoints: Ch
         checkpoints.commit(Position(0, 20), full, {"stage_done": False})
     assert sorted(path.name for path in checkpoints.root.iterdir()) == ["LATEST", "step-000010"]
     assert position(checkpoints.newest()) == Position(0, 10, name="step-000010")
+
+
+@pytest.fixture
+def beside(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Callable[[int], None], Event]]:
+    """Begins a checkpoint after so many steps, which is written once the event is set; at 13 the
+    disk is full."""
+    free = Event()
+
+    def own_shard(engine: object, world: World, copied: bool) -> Callable[[Path], None]:
+        assert copied
+
+        def work(path: Path) -> None:
+            free.wait(60)
+            (full if engine.steps == 13 else write)(path.parent)
+
+        return work
+
+    monkeypatch.setattr(checkpoint, "own_shard", own_shard)
+    monkeypatch.setattr(checkpoint, "shapes", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "layout", lambda engine, world: [1, 0])
+    schedule = SimpleNamespace(last_epoch=0)
+
+    def begin(step: int) -> None:
+        engine = SimpleNamespace(lr_scheduler=schedule, skipped_steps=0, steps=step)
+        checkpoints.save(Position(0, step), engine, [], {})
+
+    with ThreadPoolExecutor(1) as checkpoints.beside:
+        try:
+            yield begin, free
+        finally:
+            free.set()
+
+
+def test_what_is_written_in_the_background_counts_when_it_is_whole(
+    checkpoints: Checkpoints, beside: tuple[Callable[[int], None], Event]
+) -> None:
+    begin, free = beside
+    begin(10)
+    # Training goes on; whoever looks finds nothing.
+    assert not checkpoints.written and commit.names(checkpoints.root) == []
+    checkpoints.best = {"name": "best-000011"}
+    free.set()
+    checkpoints.settle()
+    assert checkpoints.written and commit.latest(checkpoints.root) == "step-000010"
+    # It says how things were when it began.
+    assert checkpoints.newest()["best"] is None
+    checkpoints.settle()
+    begin(13)
+    with pytest.raises(NotSaved, match="step-000013 cannot be written: process 0: .*No space"):
+        checkpoints.settle()
+    assert sorted(path.name for path in checkpoints.root.iterdir()) == ["LATEST", "step-000010"]
+    checkpoints.settle()
+    checkpoints.best = None
+    for step in (20, 30):
+        begin(step)
+        checkpoints.settle()
+    assert commit.names(checkpoints.root) == ["step-000030", "step-000020"]
+
+
+def test_a_shard_is_copied_before_training_goes_on(tmp_path: Path, one_process: None) -> None:
+    config = Config()
+    config.student.zero_stage = 2
+    made = student_engine(
+        torch.nn.Linear(8, 8, bias=False), config, lambda o: get_scheduler("constant", o), 1.0
+    )
+
+    def step() -> None:
+        backward(made, made(torch.ones(2, 8)).square().sum())
+        made.step()
+
+    step()
+    write_now, write_later = (own_shard(made, ALONE, copied=c) for c in (False, True))
+    write_now(tmp_path / "now")
+    step()
+    write_later(tmp_path / "later")
+    now, later = (load_file(tmp_path / name) for name in ("now", "later"))
+    assert same(now, later)
+    own_shard(made, ALONE, copied=False)(tmp_path / "after")
+    after = load_file(tmp_path / "after")
+    changed = {key for key in now if not torch.equal(now[key], after[key])}
+    assert {key.split(":")[0] for key in changed} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+
+
+def test_processes_settle_once_none_writes_any_more() -> None:
+    looked_at = Watch(RunConfig(), ALONE)
+    for writes in (True, False):
+        looked_at.begin_step(1, 2, writes)
+        looked_at.sum_flags(looked_at.flags())
+        looked_at.after_step(1, 0)
+        assert looked_at.written is not writes
 
 
 def test_the_end_of_a_stage_is_the_start_of_the_next(checkpoints: Checkpoints) -> None:
@@ -85,7 +185,7 @@ def test_minutes_and_steps_decide_when_to_save(monkeypatch: pytest.MonkeyPatch) 
     looked_at = Watch(RunConfig(checkpoint_minutes=1), ALONE)
     now += 61
     # What another process asks for arrives in the sum.
-    looked_at.sum_flags(looked_at.flags() + torch.tensor([1, 0, 0]))
+    looked_at.sum_flags(looked_at.flags() + torch.tensor([1, 0, 0, 0]))
     looked_at.after_step(1, 0)
     assert looked_at.stop and looked_at.time_to_save
 

@@ -20,6 +20,8 @@ LAYER_BY_LAYER = [
         "open": {"rule": "sid", "check_every": 2},
     }
 ]
+# Killed where one checkpoint is being written and the one before is there.
+IN_BACKGROUND = [0, 3]
 # Of ZeRO stages and types those whose optimizers differ.
 NOT_FINITE = [(0, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")]
 
@@ -50,6 +52,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) ->
             config["batch"] |= {"micro_batch": 1, "grad_accum": 2}
             if stage == 1:
                 config["stages"] = LAYER_BY_LAYER
+            if stage in IN_BACKGROUND and name.startswith("killed"):
+                config["run"] |= {"save_in_background": True, "checkpoint_every": 1}
             path = place.write(name, config)
             words += [path] if name.startswith("whole") else [f"{path}@3", f"{path}@7", path]
     for stage, dtype in NOT_FINITE:
@@ -81,6 +85,15 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(two: Place, stage: i
     assert steps == [1, 3, 5, 7, 8] if stage != 1 else steps[-1] == 8
     assert two.steps_on_the_board(killed) == steps
     assert json.loads((two.run(killed) / "report.json").read_text())["student"]
+
+
+@pytest.mark.parametrize("stage", IN_BACKGROUND)
+def test_what_was_written_in_the_background_is_gone_on_with(two: Place, stage: int) -> None:
+    folder = two.run(f"killed{stage}") / "checkpoints"
+    names = {"LATEST", "step-000004", "step-000007", "step-000008", "step-000009"}
+    assert {path.name for path in folder.iterdir()} == names - {"step-000007"}
+    # Both kills came after a checkpoint within a stage.
+    assert two.starts(f"killed{stage}") == [2, 6]
 
 
 def test_a_run_folder_holds_what_is_documented(two: Place) -> None:
