@@ -1,10 +1,12 @@
 """From a source to the micro-batches of a step: read, split, tokenise once, sample."""
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import signal
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from mlkd_dist.tasks import BadRow
 FORMAT = 2
 # Seconds that a loader process may take for one micro-batch.
 LOADER_TIMEOUT = 300
+PR_SET_PDEATHSIG = 1
 # Of an entry of the cache: the bad rows that it was made without.
 BAD_ROWS = "bad_rows.json"
 # The good rows of a source, and what became of the others.
@@ -188,7 +191,7 @@ def batches(
         collate_fn=_Collate(collate),
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals if workers else None,
+        worker_init_fn=_begin_worker if workers else None,
         # What collates is a function inside a function, which only a fork takes along; from Python
         # 3.14 on that is not what is chosen by itself.
         multiprocessing_context="fork" if workers else None,
@@ -202,10 +205,14 @@ def batches(
         yield [next(micro_batches) for _ in range(sampler.grad_accum)]
 
 
-def _ignore_signals(worker: int) -> None:
-    """What is sent to every process of a run is for those that train."""
+def _begin_worker(worker: int) -> None:
+    """What is sent to every process of a run is for those that train. It ends with the one that it
+    loads for: as a fork it holds that one's connections open, and the other processes would not
+    notice that it died before PyTorch's own look after it, every 5 s."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass

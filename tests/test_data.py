@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -570,6 +571,26 @@ def test_workers_collate_however_python_starts_processes() -> None:
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert found == [[2], [2]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent died")
+def test_a_worker_ends_with_the_process_that_it_loads_for() -> None:
+    """Of its connections it holds copies: others would wait for who is dead."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        dataset = datasets.Dataset.from_dict({"text": ["a", "b"]})
+        # The worker inherits the pipe, and with it the right to keep it open.
+        found = batches(dataset, Sampler(2, 1, 1, 0, 1, seed=0), 0, 2, tell, workers=1)
+        next(found)
+        os.write(write, b"1")
+        time.sleep(60)
+    os.close(write)
+    assert os.read(read, 1) == b"1"
+    os.kill(child, signal.SIGKILL)
+    begun = time.monotonic()
+    assert os.read(read, 1) == b"" and time.monotonic() - begun < 2
+    os.waitpid(child, 0)
+    os.close(read)
 
 
 def test_batches_leave_the_global_random_state_alone() -> None:
