@@ -34,6 +34,7 @@ from mlkd_dist.run import (
     source,
     user_errors,
 )
+from mlkd_dist.shortage import is_shortage, say_shortage
 from mlkd_dist.signals import REQUEUE, SIGNALLED, leave, say, tell
 from mlkd_dist.stage import run_stage, stopped
 from mlkd_dist.validation import Validation
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def program(given: argparse.Namespace) -> int:
+    config = None
     try:
         if given.command == "doctor":
             return doctor(asked([given.config, *given.settings] if given.config else []))
@@ -82,17 +84,34 @@ def program(given: argparse.Namespace) -> int:
         say(f"error: {error}")
         return 1
     except Exception as error:
+        if config is not None and is_shortage(error):
+            short(config)
+            return 1
         failed(error)
         raise
     finally:
         stop()
 
 
+def placed() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def short(config: Config) -> None:
+    """The end of a process that ran out of memory."""
+    rank, size = placed()
+    try:
+        say_shortage(config, rank, size)
+    finally:
+        # Others may wait for it.
+        if size > 1:
+            leave(1)
+
+
 def failed(error: Exception) -> None:
     """The end of a process that others may wait for: it neither asks them nor is in their way."""
-    rank, size = (
-        int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, size = placed()
     if size == 1:
         return
     if reason := lost_contact(error):

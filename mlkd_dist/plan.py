@@ -69,13 +69,14 @@ def largest_micro_batch(config: Config, models: Models, cluster: Cluster, choice
     return low
 
 
-def recommended(config: Config, models: Models, cluster: Cluster) -> Plan | None:
-    """Of the choices in which the run's micro-batch fits, that with the least traffic, then the
-    least memory. Where none does, first checkpointing, then the teacher's offload, then both are
-    tried; at last smaller micro-batches, more of them, under the choice that takes the largest.
-    None where not even one sample fits."""
+def recommended(
+    config: Config, models: Models, cluster: Cluster, offloads: tuple[bool, ...] = (False, True)
+) -> Plan | None:
+    """Of the choices under which the run's micro-batch fits, that with the least traffic, then the
+    least memory. Where there is none, first checkpointing, then the teacher's offload, then both
+    are tried; at last smaller micro-batches, more of them. None where not even one sample fits."""
     tried: list[Choice] = []
-    for offload, checkpointing in product((False, True), (False, True)):
+    for offload, checkpointing in product(offloads, (False, True)):
         more = [
             replace(
                 choice,
@@ -84,19 +85,24 @@ def recommended(config: Config, models: Models, cluster: Cluster) -> Plan | None
             )
             for choice in choices(config, cluster)
         ]
-        plans = [estimate(config, models, cluster, c, config.batch.micro_batch) for c in more]
-        if fitting := [plan for plan in plans if plan.total <= room(cluster)]:
-            return min(fitting, key=lambda p: (p.wire.total, p.wire.inside, p.total))
+        if (best := least(config, models, cluster, more)) is not None:
+            return best
         tried += more
-    most = {choice: largest_micro_batch(config, models, cluster, choice) for choice in tried}
-    choice = max(most, key=lambda choice: most[choice])
-    if most[choice] == 0:
-        return None
-    # As many equal parts of the micro-batch as there must be; the global batch stays what it is.
+    # As few equal parts of the micro-batch as there must be; the global batch stays what it is.
     given = config.batch.micro_batch
-    parts = next(n for n in range(1, given + 1) if given % n == 0 and given // n <= most[choice])
-    smaller = with_parts(config, parts)
-    return estimate(smaller, models, cluster, choice, smaller.batch.micro_batch)
+    for parts in (n for n in range(2, given + 1) if given % n == 0):
+        if (best := least(with_parts(config, parts), models, cluster, tried)) is not None:
+            return best
+    return None
+
+
+def least(config: Config, models: Models, cluster: Cluster, among: list[Choice]) -> Plan | None:
+    """Of the choices under which the micro-batch fits, that with the least traffic, then the least
+    memory."""
+    micro_batch = config.batch.micro_batch
+    plans = [estimate(config, models, cluster, choice, micro_batch) for choice in among]
+    fitting = [plan for plan in plans if plan.total <= room(cluster)]
+    return min(fitting, key=lambda p: (p.wire.total, p.wire.inside, p.total), default=None)
 
 
 def with_parts(config: Config, parts: int) -> Config:

@@ -85,6 +85,18 @@ def tell(kind: str, word: object) -> bool:
     return bool(folder)
 
 
+def is_first_with(kind: str) -> bool:
+    """Whether no other process of the `mlkd` that started this one came here before; True where
+    none did."""
+    folder = os.environ.get(VERDICTS)
+    try:
+        if folder:
+            Path(folder, kind).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def say(text: str) -> None:
     """Every process says the same; the first one is heard."""
     if int(os.environ.get("RANK", 0)) == 0:
