@@ -56,8 +56,10 @@ def named(case: Case) -> str:
 
 def config(place: Place, name: str, size: int, stage: int) -> dict[str, Any]:
     found = place.config(name, student__zero_stage=stage)
-    # Soft labels soon come so near to 0 that rounding is a large part of them.
-    losses = {"hidden_mse": {}, "attention_relation": {"splits": 2}, "hard_labels": {}}
+    # Soft labels soon come so near to 0 that rounding is a large part of them, and so do relations
+    # of vectors as short as those of these models, but for a low temperature.
+    relation = {"splits": 2, "temperature": 0.05}
+    losses = {"hidden_mse": {}, "attention_relation": relation, "hard_labels": {}}
     found["stages"] = [{"name": "one", "steps": STEPS, "losses": losses, "lr": 5e-4}]
     found["run"]["checkpoint_every"], found["log_every"] = 10, 1
     found["batch"] |= {"micro_batch": BATCH // size, "grad_accum": 1}

@@ -16,6 +16,10 @@ from faults.work import Figure, Work, case, config, share
 
 # Optimizer steps between two checkpoints of these runs.
 INTERVAL = 2
+KILLED, ASKED = "a kill", "being asked to stop"
+KILLED_DAMAGED = "a kill, the newest checkpoint damaged"
+# The most of each.
+LOST = {KILLED: INTERVAL, KILLED_DAMAGED: 2 * INTERVAL, ASKED: 0}
 # The step that is skipped where a loss is not finite.
 SKIPPED = (1, 2, 3, 5, 6)
 
@@ -43,8 +47,8 @@ def measure(work: Work) -> list[Figure]:
 
 def lost(cases: list[dict[str, Any]]) -> list[Figure]:
     figures = []
-    for name, killed, limit in (("a kill", True, INTERVAL), ("being asked to stop", False, 0)):
-        steps = [c["lost"] for c in cases if c.get("lost") is not None and c["killed"] == killed]
+    for name, limit in LOST.items():
+        steps = [c["lost"] for c in cases if c.get("after") == name]
         most = max(steps, default=None)
         met = most is not None and most <= limit
         text = f"at most {limit}, a checkpoint every {INTERVAL}" if limit else "0"
@@ -114,21 +118,24 @@ def survive(place: Place, name: str, kind: Kind, seed: int, ends: dict[bool, str
         "damage": damage,
         "noticed": None if starts[0].noticed is None else round(starts[0].noticed, 2),
     }
-    found |= steps_lost(faults, starts)
+    found |= steps_lost(faults, damage, starts)
     return found if found["passed"] else found | {"log": "".join(s.log[-1500:] for s in starts)}
 
 
-def steps_lost(faults: list[Fault], starts: list[ranks.Outcome]) -> dict[str, Any]:
+def steps_lost(
+    faults: list[Fault], damage: str | None, starts: list[ranks.Outcome]
+) -> dict[str, Any]:
     """Of runs that were killed, or asked to stop, before or within a step."""
     if len(faults) != 1 or faults[0].at != STEP or len(starts) < 2:
         return {}
+    resumed = [re.search(r"resuming from step (\d+)", start.log) for start in starts[1:]]
+    at = next((int(found[1]) for found in resumed if found), 0)
     (fault,) = faults
-    resumed = re.search(r"resuming from step (\d+)", starts[1].log)
-    at = int(resumed[1]) if resumed else 0
     if fault.do == "kill":
-        return {"killed": True, "lost": fault.number - at}
+        damaged = re.search(r"step-\d+/", damage or "")
+        return {"after": KILLED_DAMAGED if damaged else KILLED, "lost": fault.number - at}
     if stopped := re.search(r"stopped after step (\d+)", starts[0].log):
-        return {"killed": False, "lost": int(stopped[1]) - at}
+        return {"after": ASKED, "lost": int(stopped[1]) - at}
     return {}
 
 
