@@ -132,7 +132,8 @@ class Children:
 
     def start(self, command: str, config: Path, run: Planned | None) -> None:
         environment = dict(os.environ)
-        if self.jobs > 1:
+        # The teacher is made before the runs, alone.
+        if self.jobs > 1 and run is not None:
             threads = (os.cpu_count() or 1) // (self.jobs * self.processes)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
         with config.with_suffix(".log").open("w") as log:

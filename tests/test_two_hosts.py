@@ -3,6 +3,7 @@ machine."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -99,6 +100,19 @@ def test_two_hosts_learn_what_one_does(hosts: Hosts, tmp_path: Path) -> None:
     for mine, expected in zip(ours, theirs, strict=True):
         for key in [key for key in expected if key.startswith("loss/") or key == "grad_norm"]:
             assert mine[key] == pytest.approx(expected[key], rel=1e-5), (mine["step"], key)
+
+
+def test_the_doctor_looks_at_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    words = [f"{tmp_path}/root/configs/quickstart.yaml", *FEW, f"run.dir={tmp_path}/run"]
+    running = started(hosts, tmp_path, ["node1", "node2"], words, COMMAND="doctor")
+    out, err = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 0, out + err
+    # pdsh puts the host before each line.
+    lines = dict(re.findall(r"(?:ok|warn) +([a-z ]+?) {2,}(.+)", out))
+    assert "2 processes on 2 machines (node1, node2)" in lines["replicas"], out
+    assert "ms for 4 B" in lines["all reduce"] and "gloo" in lines["all reduce"]
+    assert str(tmp_path) in lines["shared folder"] and "a new run" in lines["runnable"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_host_that_is_not_there_is_named(hosts: Hosts, tmp_path: Path) -> None:
