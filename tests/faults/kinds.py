@@ -80,6 +80,7 @@ def cut_off(name: str, damage: Callable[[Path, Random], str]) -> Kind:
 KILLED, DIED, FROZEN = {-signal.SIGKILL}, {-signal.SIGKILL, 1}, {1, None}
 IMPATIENT = {"launch": {"timeout": 3}}
 LOADERS = {"data": {"workers": 1}}
+BACKGROUND = {"run": {"save_in_background": True}}
 
 KINDS = [
     # Killed
@@ -89,6 +90,10 @@ KINDS = [
     Kind("kill -9 of the launcher", at_step("kill parent", ranks=(1,)), {75}, parent=True),
     Kind("kill -9 in a save", at_point("kill", POINTS, (1, 2, 3), 0), DIED),
     Kind("kill -9 of another process in a save", at_point("kill", ("synced",), (1, 2, 3), 1), DIED),
+    Kind("kill -9 in a save in the background",
+         at_point("kill", POINTS, (1, 2, 3), 0), DIED, change=BACKGROUND),
+    Kind("kill -9 of another process in a save in the background",
+         at_point("kill", ("synced",), (1, 2, 3), 1), DIED, change=BACKGROUND),
     Kind("kill -9 while an old checkpoint is removed",
          at_point("kill", ("set aside",), (1, 2), 0), DIED),
     Kind("kill -9 where a stage ends", at("kill", STAGE_END, (1, 2)), DIED),
