@@ -99,8 +99,7 @@ class Launch:
             # Once: the launcher may take its time to be gone.
             late = failed_at is not None and now - failed_at > FAULT_GRACE
             if late and self.fault is None:
-                self.fault = self.blamed()
-                print(f"mlkd: error: {self.fault}", file=sys.stderr, flush=True)
+                self.say_fault()
                 self.end()
             time.sleep(0.1)
         if self.alive():
@@ -108,6 +107,9 @@ class Launch:
         until = time.monotonic() + GRACE
         while self.alive() and time.monotonic() < until:
             time.sleep(0.1)
+        # The others may have noticed, and ended, before anything was late.
+        if self.fault is None and self.asked is None and self.broke():
+            self.say_fault()
         self.end()
         return self.verdict(code)
 
@@ -118,6 +120,14 @@ class Launch:
     def dead(self, codes: dict[int, int]) -> list[int]:
         """Processes that ended without a word."""
         return [r for r, pid in self.numbers("pid").items() if r not in codes and not there(pid)]
+
+    def broke(self) -> bool:
+        """Whether a process died, or lost the others; any other end has been explained."""
+        return bool(self.dead(self.numbers("code"))) or any(self.told.glob("*.lost"))
+
+    def say_fault(self) -> None:
+        self.fault = self.blamed()
+        print(f"mlkd: error: {self.fault}", file=sys.stderr, flush=True)
 
     def blamed(self) -> str:
         """One sentence about a fault, of processes that had time to tell what they know."""

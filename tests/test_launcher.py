@@ -72,6 +72,8 @@ def test_what_all_processes_say_is_the_exit_code(play: Callable, part: str, code
         (("waits in vain", "frozen"), "process 1 gave no sign"),
         (("waits in vain", "waits in vain", "frozen"), "in which process 0, 1 waited"),
         (("waits", "killed"), "process 1 died"),
+        # It has noticed, and all have ended, before anything is late.
+        (("waits in vain", "killed"), "process 1 died"),
         (("crashes", "waits"), "process 0 failed, as said above"),
     ],
 )
