@@ -1,12 +1,10 @@
 """From a source to the micro-batches of a step: read, split, tokenise once, sample."""
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
 import signal
-import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from mlkd_dist.columns import Columns
 from mlkd_dist.config import UserError
 from mlkd_dist.quarantine import Quarantine, Sieve
 from mlkd_dist.selection import first_rows, good_rows, split
+from mlkd_dist.signals import sent_when_parent_dies
 from mlkd_dist.sources import fingerprint, locate, read, unit
 from mlkd_dist.tasks import BadRow
 
@@ -33,7 +32,6 @@ from mlkd_dist.tasks import BadRow
 FORMAT = 2
 # Seconds that a loader process may take for one micro-batch.
 LOADER_TIMEOUT = 300
-PR_SET_PDEATHSIG = 1
 # Of an entry of the cache: the bad rows that it was made without.
 BAD_ROWS = "bad_rows.json"
 # The good rows of a source, and what became of the others.
@@ -211,8 +209,7 @@ def _begin_worker(worker: int) -> None:
     notice that it died before PyTorch's own look after it, every 5 s."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    sent_when_parent_dies(signal.SIGKILL)
 
 
 @dataclass

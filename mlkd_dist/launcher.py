@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from mlkd_dist.signals import REQUEUE, SAME_SIGNAL, VERDICTS, handled
+from mlkd_dist.signals import REQUEUE, SAME_SIGNAL, SHOW_STACKS, VERDICTS, handled
 
 # Seconds that the processes have to save, once they are to stop and nobody else waits for them.
 GRACE = 300.0
@@ -99,6 +99,7 @@ class Launch:
             # Once: the launcher may take its time to be gone.
             late = failed_at is not None and now - failed_at > FAULT_GRACE
             if late and self.fault is None:
+                self.show_stacks()
                 self.say_fault()
                 self.end()
             time.sleep(0.1)
@@ -120,6 +121,17 @@ class Launch:
     def dead(self, codes: dict[int, int]) -> list[int]:
         """Processes that ended without a word."""
         return [r for r, pid in self.numbers("pid").items() if r not in codes and not there(pid)]
+
+    def show_stacks(self) -> None:
+        """Of processes that hang, while others waited for them; one that is frozen shows none."""
+        codes = self.numbers("code")
+        hanging = [pid for rank, pid in self.numbers("pid").items() if rank not in codes]
+        if self.dead(codes) or not any(self.told.glob("*.lost")):
+            return
+        for pid in hanging:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, SHOW_STACKS)
+        time.sleep(1.0 if hanging else 0.0)
 
     def broke(self) -> bool:
         """Whether a process died, or lost the others; any other end has been explained."""

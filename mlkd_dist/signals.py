@@ -1,6 +1,7 @@
 """Being asked to stop: what a launcher and its processes agree on. Imports nothing heavy."""
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from types import FrameType
 # Exit code: stopped on request, with all that there was to save in a checkpoint.
 REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A process that gets it writes where each of its threads is.
+SHOW_STACKS = signal.SIGUSR2
 # Seconds in which further signals count as the same one: launchers and schedulers pass on what has
 # come to everybody already.
 SAME_SIGNAL = 3.0
@@ -32,9 +35,11 @@ class Signals:
     def install(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self.handle)
-        if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        # Also of one that waits inside a library, and so hears no other signal.
+        faulthandler.register(SHOW_STACKS)
+        if "LOCAL_RANK" in os.environ:
             # A launcher that is killed tells its processes nothing.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            sent_when_parent_dies(signal.SIGTERM)
         tell("pid", os.getpid())
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -64,6 +69,12 @@ class Signals:
 
 
 SIGNALLED = Signals()
+
+
+def sent_when_parent_dies(number: int) -> None:
+    """To this process, where the system does that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ sys.exit(max([rank.wait() for rank in ranks]) != 0)
 """
 PLAYER = """
 import os, signal, sys, time
-from mlkd_dist.signals import tell
+from mlkd_dist.signals import SIGNALLED, tell
 tell("pid", os.getpid())
 match sys.argv[1]:
     case "done" | "refused" | "stopped" as how:
@@ -40,6 +40,11 @@ match sys.argv[1]:
         os._exit(1)
     case "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    case "hangs":
+        SIGNALLED.install()
+        def deep_inside():
+            time.sleep(600)
+        deep_inside()
     case "frozen":
         os.kill(os.getpid(), signal.SIGSTOP)
     case "waits":
@@ -85,6 +90,13 @@ def test_one_that_fails_or_freezes_ends_all_with_one_sentence(
     assert time.monotonic() - begun < 30
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mlkd:")]
     assert len(lines) == 1 and said in lines[0] and "all processes are ended" in lines[0]
+
+
+def test_one_that_hangs_shows_where(play: Callable, capfd: pytest.CaptureFixture) -> None:
+    assert play("waits in vain", "hangs") == 1
+    said = capfd.readouterr().err
+    assert "in deep_inside" in said
+    assert "process 1 gave no sign" in said.splitlines()[-1]
 
 
 def test_no_process_is_left(play: Callable, tmp_path: Path) -> None:
