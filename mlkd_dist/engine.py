@@ -127,8 +127,9 @@ def free_port() -> int:
 
 
 def stop() -> None:
+    # By DeepSpeed, which else would go on with groups of this world in the next.
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 import yaml
@@ -151,6 +152,14 @@ def test_time_within_a_step_is_seen(
     assert found["losses"]["embedding_mse"] == {"seconds": 0.0, "share": 0.0}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_can_join_one_world_after_another() -> None:
+    """As the tests of one process do, in whatever order they come."""
+    for _ in range(2):
+        with world_of_one():
+            model = torch.nn.Linear(2, 2)
+            deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1})
 
 
 @pytest.mark.parametrize("labelled", [True, False])
