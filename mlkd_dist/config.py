@@ -133,7 +133,10 @@ class TeacherConfig:
     """Over which processes: world (all), or node (those of one node, each of which then holds a
     whole teacher; its weights cross no network). node needs zero_stage 3."""
     offload: str = "none"
-    """Where sharded weights rest: none (on the device) or cpu. Needs zero_stage 3."""
+    """Where sharded weights rest: none (on the device), cpu, or nvme (files in offload_dir). Needs
+    zero_stage 3."""
+    offload_dir: str | None = None
+    """For offload nvme: a folder on a local disk of every machine."""
     attention: str = "sdpa"
     """Attention implementation that runs under the tap: sdpa, eager, flash_attention_2 or
     flash_attention_3."""

@@ -28,6 +28,7 @@ from deepspeed.utils import set_log_level_from_string
 from transformers.integrations import HfDeepSpeedConfig
 
 from mlkd_dist.config import Config, UserError, nearest
+from mlkd_dist.disk import Weights
 from mlkd_dist.waiting import PATIENCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,14 +83,25 @@ def start(patience: float = PATIENCE) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Have glibc keep what is freed for the next tensor. By itself it takes every large tensor from
     the system anew and gives it back, and a fifth of a step goes to clearing pages."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0 if keep else 2**16)
+        mallopt(trim_threshold, 2**31 - 1 if keep else 2**17)
+
+
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """While open, at once: tensors that come and go would leave a heap as large as them all."""
+    keep_freed_memory(False)
+    try:
+        yield
+    finally:
+        if not torch.cuda.is_available():
+            keep_freed_memory()
 
 
 def name_interface() -> None:
@@ -165,30 +177,42 @@ def barrier() -> None:
 
 @contextmanager
 def sharded_loading(
-    zero_stage: int, ds_config: dict[str, Any], group: dist.ProcessGroup | None = None
+    zero_stage: int,
+    ds_config: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+    folder: str | None = None,
 ) -> Iterator[None]:
     """While open, `from_pretrained` shards what it loads if the stage is 3, over a group of
-    processes or all. transformers keeps this setting in a process-wide weak reference, so it is
-    held for one load only and cannot leak into the next model."""
+    processes or all, onto the disk where a folder is named. transformers keeps this setting in a
+    process-wide weak reference, so it is held for one load only and cannot leak into the next
+    model."""
     holder = HfDeepSpeedConfig(ds_config) if zero_stage == 3 else None
+    own = holder is not None and (group is not None or folder is not None)
     try:
-        with nullcontext() if holder is None or group is None else inside(group, ds_config):
+        with inside(group, ds_config, folder) if own else nullcontext():
             yield
     finally:
         del holder
 
 
 @contextmanager
-def inside(own: dist.ProcessGroup, ds_config: dict[str, Any]) -> Iterator[None]:
-    """While open, models are sharded over a group: of nested Inits, such as transformers' own, the
-    outer one counts for DeepSpeed. transformers has the process of rank 0 read weights, and
-    DeepSpeed hands on what the first of a group has; so in each group the first is rank 0."""
+def inside(
+    own: dist.ProcessGroup | None, ds_config: dict[str, Any], folder: str | None = None
+) -> Iterator[None]:
+    """While open, models are sharded over a group or all: of nested Inits, such as transformers'
+    own, the outer one counts for DeepSpeed. transformers has the process of rank 0 read weights,
+    and DeepSpeed hands on what the first of a group has; so in each group the first is rank 0."""
     rank = dist.get_rank
 
     def rank_inside(group: dist.ProcessGroup | None = None) -> int:
         return rank(own if group is None else group)
 
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=own):
+    settings = {"config_dict_or_path": ds_config, "data_parallel_group": own}
+    if folder is None:
+        init, memory = deepspeed.zero.Init(**settings), nullcontext()
+    else:
+        init, memory = OnDisk(Weights(folder), **settings), freed_memory_given_back()
+    with init, memory:
         torch.distributed.get_rank = rank_inside
         try:
             yield
@@ -196,11 +220,26 @@ def inside(own: dist.ProcessGroup, ds_config: dict[str, Any]) -> Iterator[None]:
             torch.distributed.get_rank = rank
 
 
+class OnDisk(deepspeed.zero.Init):
+    """Shards what is built inside it; the shares rest in `weights`."""
+
+    def __init__(self, weights: Weights, **settings: object):
+        super().__init__(**settings)
+        self.weights = weights
+
+    def _partition_param(self, param: nn.Parameter, *args: object, **kwargs: object) -> None:
+        new = param.ds_tensor is None
+        super()._partition_param(param, *args, **kwargs)
+        if new:
+            param.ds_tensor.data = self.weights.place(param.ds_tensor)
+
+
 def frozen_config(dtype: str, zero_stage: int, offload: str) -> dict[str, Any]:
     # DeepSpeed's linear saves memory in a backward pass, which a frozen model has not, and would
     # replace torch's in the student too.
     zero: dict[str, Any] = {"stage": zero_stage, "memory_efficient_linear": False}
-    if offload == "cpu":
+    if offload != "none":
+        # To DeepSpeed a disk is mapped memory of the host.
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,

@@ -18,7 +18,7 @@ class Choice:
     teacher_zero: int
     teacher_group: str
     student_zero: int
-    teacher_offload: bool
+    teacher_offload: str
     checkpointing: bool
 
 
@@ -38,6 +38,7 @@ class Plan:
     buffers: float
     late: float  # of gradients and buffers what is there at the end of a backward pass only
     host: float
+    disk: float
     wire: Wire
     flops: float  # of a step
 
@@ -56,8 +57,9 @@ def choices(config: Config, cluster: Cluster) -> list[Choice]:
     checkpointing = config.student.activation_checkpointing != "none"
     nodes = cluster.nodes > 1 and cluster.gpus_per_node > 1
     teachers = [(0, "world"), (3, "world"), *([(3, "node")] if nodes else [])]
+    offload = {0: "none", 3: config.teacher.offload}
     return [
-        Choice(zero, group, student, zero == 3 and config.teacher.offload == "cpu", checkpointing)
+        Choice(zero, group, student, offload[zero], checkpointing)
         for (zero, group), student in product(teachers, (0, 1, 2, 3))
     ]
 
@@ -129,6 +131,7 @@ def estimate(
         live + max(0.0, first - backward - work - logits - live),
         late,
         theirs.host + ours.host,
+        theirs.disk,
         wire,
         footprint.step_flops(models.teacher, student, accum * tokens, length, choice.checkpointing),
     )

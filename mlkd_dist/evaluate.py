@@ -43,6 +43,7 @@ class Evaluator:
             zero_stage=teacher.zero_stage,
             shard_group=teacher.shard_group,
             offload=teacher.offload,
+            offload_dir=teacher.offload_dir,
         )
 
     def __call__(self, path: str, dtype: str, attention: str, timed: bool = True) -> Evaluation:

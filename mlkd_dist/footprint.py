@@ -42,6 +42,7 @@ class States:
     gradients: float
     optimizer: float
     host: float  # of what is offloaded
+    disk: float = 0
 
 
 def trained(
@@ -68,11 +69,16 @@ def trained(
     return States(weights, gradients, optimizer, 0)
 
 
-def frozen(parameters: int, zero_stage: int, width: int, shards: int, offload: bool) -> States:
+def frozen(parameters: int, zero_stage: int, width: int, shards: int, offload: str) -> States:
     """A teacher: w P, at ZeRO 3 w P over the processes it is sharded over, all or those of a node;
-    on the host with offload. No other copy is held."""
+    with offload on the host, or on a disk. No other copy is held."""
     weights = width * parameters / (shards if zero_stage == 3 else 1)
-    return States(0, 0, 0, weights) if offload else States(weights, 0, 0, 0)
+    places = {
+        "none": States(weights, 0, 0, 0),
+        "cpu": States(0, 0, 0, weights),
+        "nvme": States(0, 0, 0, 0, weights),
+    }
+    return places[offload]
 
 
 def gathered_teacher(size: Size, zero_stage: int, width: int) -> float:

@@ -111,11 +111,13 @@ def load_model(
     zero_stage: int = 0,
     ds_config: dict[str, Any] | None = None,
     shard_group: Any = None,
+    offload_dir: str | None = None,
     new_head: bool = False,
     trust_remote_code: bool = False,
     weights: bool = True,
 ) -> PreTrainedModel:
-    """With the tap in place, and sharded while loading at ZeRO 3. Weights that the folder lacks are
+    """With the tap in place, and sharded while loading at ZeRO 3, onto the disk where `offload_dir`
+    names a folder. Weights that the folder lacks are
     refused, but for a head that is to be trained (`new_head`) and a pooler, which no loss reads.
     Without `weights` all is checked and the model stays on the meta device."""
     if getattr(config, "attn_logit_softcapping", None) and attention != "eager":
@@ -124,7 +126,7 @@ def load_model(
             f"attention: eager."
         )
     source, more = loadable(model_class, config, trust_remote_code)
-    with sharded_loading(zero_stage, ds_config or {}, shard_group):
+    with sharded_loading(zero_stage, ds_config or {}, shard_group, offload_dir):
         try:
             model, info = source.from_pretrained(
                 resolve_path(path),

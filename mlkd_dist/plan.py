@@ -20,7 +20,7 @@ from mlkd_dist.model_sizes import Models, models_of
 
 LARGEST_BATCH = 2**20
 PARTS = ("teacher_weights", "student_weights", "gradients", "optimizer", "activations", "traces")
-PARTS += ("logits", "buffers", "total", "host")
+PARTS += ("logits", "buffers", "total", "host", "disk")
 
 
 def main(path: str, words: list[str]) -> str:
@@ -70,7 +70,7 @@ def largest_micro_batch(config: Config, models: Models, cluster: Cluster, choice
 
 
 def recommended(
-    config: Config, models: Models, cluster: Cluster, offloads: tuple[bool, ...] = (False, True)
+    config: Config, models: Models, cluster: Cluster, offloads: tuple[str, ...] = ("none", "cpu")
 ) -> Plan | None:
     """Of the choices under which the run's micro-batch fits, that with the least traffic, then the
     least memory. Where there is none, first checkpointing, then the teacher's offload, then both
@@ -80,7 +80,7 @@ def recommended(
         more = [
             replace(
                 choice,
-                teacher_offload=choice.teacher_offload or (offload and choice.teacher_zero == 3),
+                teacher_offload=offload if may_move(choice) else choice.teacher_offload,
                 checkpointing=choice.checkpointing or checkpointing,
             )
             for choice in choices(config, cluster)
@@ -94,6 +94,10 @@ def recommended(
         if (best := least(with_parts(config, parts), models, cluster, tried)) is not None:
             return best
     return None
+
+
+def may_move(choice: Choice) -> bool:
+    return choice.teacher_zero == 3 and choice.teacher_offload == "none"
 
 
 def least(config: Config, models: Models, cluster: Cluster, among: list[Choice]) -> Plan | None:
@@ -117,7 +121,9 @@ def with_choice(config: Config, plan: Plan, cluster: Cluster) -> Config:
     choice = plan.choice
     config.teacher.zero_stage, config.student.zero_stage = choice.teacher_zero, choice.student_zero
     config.teacher.shard_group = choice.teacher_group
-    config.teacher.offload = "cpu" if choice.teacher_offload else "none"
+    config.teacher.offload = choice.teacher_offload
+    if choice.teacher_offload != "nvme":
+        config.teacher.offload_dir = None
     if choice.student_zero == 0:
         config.student.offload = "none"
     checkpointing = "non_reentrant" if choice.checkpointing else "none"
@@ -146,12 +152,14 @@ def told(plan: Plan, largest: int, cluster: Cluster) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], config: Config, cluster: Cluster) -> str:
-    heads = ["ZeRO t/s", *(name.replace("_weights", " w") for name in PARTS)]
+    used = any(plan["disk_gib"] for plan in found["choices"])
+    parts = [name for name in PARTS if used or name != "disk"]
+    heads = ["ZeRO t/s", *(name.replace("_weights", " w") for name in parts)]
     heads += ["wire", "in node", "largest"]
     heads = [head.replace("gradients", "grads").replace("activations", "activ.") for head in heads]
     rows = []
     for plan in found["choices"]:
-        sizes_of_plan = [plan[f"{name}_gib"] for name in PARTS]
+        sizes_of_plan = [plan[f"{name}_gib"] for name in parts]
         sizes_of_plan += [plan["wire_gib"]["total"], plan["wire_gib"]["inside"]]
         group = " node" if plan["teacher_group"] == "node" else ""
         fits = "" if plan["fits"] else " !"
@@ -175,7 +183,8 @@ def table(found: dict[str, Any], config: Config, cluster: Cluster) -> str:
     words = [f"teacher.zero_stage={best['teacher_zero']}"]
     words += ["teacher.shard_group=node"] if best["teacher_group"] == "node" else []
     words += [f"student.zero_stage={best['student_zero']}"]
-    words += ["teacher.offload=cpu"] if best["teacher_offload"] else []
+    offload = best["teacher_offload"]
+    words += [f"teacher.offload={offload}"] if offload != "none" else []
     words += ["student.activation_checkpointing=non_reentrant"] if best["checkpointing"] else []
     parts = config.batch.micro_batch // best["micro_batch"]
     words += [f"batch.micro_batch={best['micro_batch']}"]

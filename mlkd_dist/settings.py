@@ -27,6 +27,7 @@ FREE = (
     "teacher.zero_stage",
     "teacher.shard_group",
     "teacher.offload",
+    "teacher.offload_dir",
     "teacher.attention",
     "teacher.finetune",
     "teacher.cache.dir",

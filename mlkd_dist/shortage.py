@@ -57,7 +57,7 @@ def advice(config: Config, cluster: Cluster, gpu: bool) -> str:
     """What to change."""
     hopeless = "use more processes on more machines, or a lower data.max_length."
     try:
-        offloads = (False, True) if gpu else (False,)
+        offloads = ("none", "cpu") if gpu else ("none",)
         best = recommended(config, models_of(config), cluster, offloads)
         if best is None:
             return f"by `mlkd plan` nothing fits there; {hopeless}"

@@ -86,8 +86,14 @@ def validate(config: Config) -> None:
 def check_values(config: Config) -> None:
     for who, model in (("teacher", config.teacher), ("student", config.student)):
         one_of(f"{who}.dtype", model.dtype, ["fp32", "bf16"])
-        one_of(f"{who}.offload", model.offload, ["none", "cpu"])
         one_of(f"{who}.attention", model.attention, ATTENTION)
+    one_of("teacher.offload", config.teacher.offload, ["none", "cpu", "nvme"])
+    one_of("student.offload", config.student.offload, ["none", "cpu"])
+    if (config.teacher.offload == "nvme") != (config.teacher.offload_dir is not None):
+        raise UserError(
+            "teacher.offload_dir: goes with offload: nvme and nothing else; name a folder on a "
+            "local disk of every machine for nvme, or leave it out."
+        )
     if config.teacher.zero_stage not in (0, 3):
         raise UserError(
             f"teacher.zero_stage: {config.teacher.zero_stage} is not allowed; a frozen teacher "
@@ -102,9 +108,10 @@ def check_values(config: Config) -> None:
             "at zero_stage 0 every process has the whole teacher."
         )
     for who, model in (("teacher", config.teacher), ("student", config.student)):
-        if model.offload == "cpu" and model.zero_stage == 0:
+        if model.offload != "none" and model.zero_stage == 0:
             raise UserError(
-                f"{who}.offload: cpu needs sharding; set {who}.zero_stage=3 or {who}.offload=none."
+                f"{who}.offload: {model.offload} needs sharding; set {who}.zero_stage=3 or "
+                f"{who}.offload=none."
             )
     if config.student.activation_checkpointing == "reentrant":
         raise UserError(

@@ -92,7 +92,7 @@ def predicted(path: str) -> Any:
     config = configs.load(path)
     checkpointing = config.student.activation_checkpointing != "none"
     stages = config.teacher.zero_stage, "world", config.student.zero_stage
-    choice = Choice(*stages, False, checkpointing)
+    choice = Choice(*stages, "none", checkpointing)
     cluster = Cluster(nodes=1, gpus_per_node=2)
     return estimate(config, models_of(config), cluster, choice, config.batch.micro_batch)
 

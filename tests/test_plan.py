@@ -55,7 +55,7 @@ def test_states_and_traffic_are_those_of_deepspeed(world: int) -> None:
     for case in found:
         width, parameters = {"fp32": 4, "bf16": 2}[case["dtype"]], case["parameters"]
         if "shards" in case:
-            states = footprint.frozen(parameters, 3, width, case["shards"], False)
+            states = footprint.frozen(parameters, 3, width, case["shards"], "none")
             rests = states.weights
             wire = footprint.teacher_wire(parameters, 3, width, case["shards"], 1)
             assert case["ranks"] == case["shards"]
@@ -81,6 +81,13 @@ def test_offload_moves_what_is_not_weights() -> None:
     there, here = (footprint.trained(1000, 2, 2, 10, 1, offload) for offload in (True, False))
     assert (there.weights, there.optimizer, there.host) == (here.weights, 0, 1600)
     assert there.gradients == 0 and here.gradients == 200
+    # A teacher rests in one place.
+    at = {place: footprint.frozen(1000, 3, 2, 10, place) for place in ("none", "cpu", "nvme")}
+    assert {place: (s.weights, s.host, s.disk) for place, s in at.items()} == {
+        "none": (200, 0, 0),
+        "cpu": (0, 200, 0),
+        "nvme": (0, 0, 200),
+    }
     # At ZeRO 1 the gradients of several micro-batches add up whole.
     assert footprint.trained(1000, 1, 2, 10, 4, False).gradients == 2000
 
@@ -259,7 +266,7 @@ def test_a_large_pair_is_planned_without_its_weights(large: str, tmp_path: Path)
     assert both["wire_s"] == pytest.approx(wire * 255 / 256 / 50e9)
     assert both["compute_s"] == both["tflop"] / 400
     assert both["total_gib"] == pytest.approx(
-        sum(both[f"{name}_gib"] for name in plan.PARTS[:-2]), rel=1e-6
+        sum(both[f"{name}_gib"] for name in plan.PARTS[: plan.PARTS.index("total")]), rel=1e-6
     )
     # What is recommended fits, is a config, and is the same global batch.
     best = found["recommended"]
@@ -273,6 +280,21 @@ def test_a_large_pair_is_planned_without_its_weights(large: str, tmp_path: Path)
     assert by_choice(json.loads(told.read_text()))[key]["total_gib"] == pytest.approx(
         again["total_gib"]
     )
+
+
+def test_a_teacher_on_a_disk_takes_no_memory(large: str, tmp_path: Path) -> None:
+    told, out = tmp_path / "plan.json", tmp_path / "recommended.yaml"
+    words = ["nodes=1", "gpus_per_node=8", f"json={told}", f"out={out}"]
+    offload = ["teacher.offload=nvme", "teacher.offload_dir=/local"]
+    shown = plan.main(large, [*words, *offload, "teacher.shard_group=node"])
+    found = json.loads(told.read_text())
+    there = by_choice(found)[3, "world", 3]
+    assert (there["teacher_weights_gib"], there["host_gib"]) == (0, 0)
+    assert there["disk_gib"] * GIB == pytest.approx(2 * found["teacher_parameters"] / 8)
+    assert "teacher.offload=nvme" in shown and "disk" in shown
+    config = configs.load(out)
+    assert (config.teacher.offload, config.teacher.offload_dir) == ("nvme", "/local")
+    assert "disk" not in plan.main(large, words)
 
 
 def test_a_teacher_inside_the_node_sends_nothing_between_nodes(large: str, tmp_path: Path) -> None:
@@ -314,7 +336,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(large: str) -> None:
     cluster, _ = cluster_of(["nodes=32"])
     config = configs.load(large)
     models = model_sizes.models_of(config)
-    choice = Choice(3, "world", 3, False, True)
+    choice = Choice(3, "world", 3, "none", True)
     most = plan.largest_micro_batch(config, models, cluster, choice)
     assert most > 0
     fits = [
@@ -337,7 +359,7 @@ def test_a_language_model_is_planned_with_its_head(large: str) -> None:
     assert models.student.parameters == 8_030_261_248
     assert models.student.outputs == 128256 and models.reads_head
     cluster, _ = cluster_of(["nodes=32"])
-    found = estimate(config, models, cluster, Choice(3, "world", 3, False, True), 4)
+    found = estimate(config, models, cluster, Choice(3, "world", 3, "none", True), 4)
     # What enters the teacher's head.
     assert found.traces == 4 * 4096 * 8192 * 2
     assert found.logits == footprint.logits(models.student, 4, 4096, 2, True)

@@ -30,7 +30,7 @@ def test_what_is_proposed_fits_by_the_plan_and_is_the_same_batch(
     config: Config, tmp_path: Path
 ) -> None:
     models = models_of(config)
-    now = Choice(0, "world", 0, False, False)
+    now = Choice(0, "world", 0, "none", False)
     needs = estimate(config, models, Cluster(1, 2), now, 64).total / 2**30
     cluster = Cluster(1, 2, gpu_memory=needs / 2, reserve=0)
     told = advice(config, cluster, gpu=False)
@@ -42,7 +42,7 @@ def test_what_is_proposed_fits_by_the_plan_and_is_the_same_batch(
         better.teacher.zero_stage,
         better.teacher.shard_group,
         better.student.zero_stage,
-        False,
+        "none",
         better.student.activation_checkpointing != "none",
     )
     assert estimate(better, models, cluster, choice, better.batch.micro_batch).total < room(cluster)
