@@ -126,7 +126,7 @@ class TeacherConfig:
     """Train from what `mlkd cache` wrote of the teacher, which is then not in memory: for the loss
     soft_labels, and beside it those on hidden states."""
     dtype: str = "bf16"
-    """Type of the weights: fp32 or bf16."""
+    """Type of the weights: fp32, bf16, or fp16 for GPUs without bf16."""
     zero_stage: int = 3
     """0: every process holds the whole teacher. 3: its weights are sharded over the processes."""
     shard_group: str = "world"

@@ -31,7 +31,7 @@ from mlkd_dist.config import Config, UserError, nearest
 from mlkd_dist.disk import Weights
 from mlkd_dist.waiting import PATIENCE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Engine = deepspeed.DeepSpeedEngine
 
 
@@ -245,6 +245,7 @@ def frozen_config(dtype: str, zero_stage: int, offload: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16"},
         "steps_per_print": 10**9,
     }
 
@@ -274,6 +275,20 @@ def student_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     return merged(derived, config.deepspeed)
+
+
+def check_types(config: Config) -> None:
+    """UserError for a type of weights that DeepSpeed does not run on this device. Without an
+    engine, as a teacher at ZeRO 0, torch does."""
+    device = deepspeed.get_accelerator()
+    runs = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
+    for who, model in (("teacher", config.teacher), ("student", config.student)):
+        if not runs[model.dtype] and (who == "student" or model.zero_stage > 0):
+            more = ", or teacher.zero_stage=0" if who == "teacher" else ""
+            raise UserError(
+                f"{who}.dtype: DeepSpeed does not run {model.dtype} on {device.device_name()} here;"
+                f" use {', '.join(name for name in runs if runs[name])}{more}."
+            )
 
 
 class Asked(dict):

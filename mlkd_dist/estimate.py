@@ -10,7 +10,7 @@ from mlkd_dist.config import Config
 from mlkd_dist.footprint import Wire
 from mlkd_dist.model_sizes import Models
 
-WIDTHS = {"fp32": 4, "bf16": 2}
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)

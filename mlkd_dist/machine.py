@@ -71,7 +71,7 @@ def devices(what: Asked) -> Finding:
         return Finding("devices", FAIL, said, f"processes={len(gpus)} at most on this machine")
     config = what.config
     if config and not bf16 and "bf16" in (config.teacher.dtype, config.student.dtype):
-        return Finding("devices", FAIL, said, "teacher.dtype=fp32 student.dtype=fp32")
+        return Finding("devices", FAIL, said, "teacher.dtype=fp16 student.dtype=fp32")
     if len(kinds) > 1:
         return Finding("devices", WARN, said, "use GPUs of one kind: all wait for the slowest")
     return Finding("devices", OK, said)

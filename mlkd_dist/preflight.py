@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import Sampler, prepare
-from mlkd_dist.engine import World, check_deepspeed
+from mlkd_dist.engine import World, check_deepspeed, check_types
 from mlkd_dist.finetune import with_finetuned_teacher
 from mlkd_dist.head import check_linear_head
 from mlkd_dist.layer_map import layer_pairs
@@ -52,6 +52,7 @@ def check_machine(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"kernels: {error}") from error
     check_attention(config)
+    check_types(config)
     check_deepspeed(config)
     if config.teacher.path is not None and config.student.path is not None:
         paths = config.teacher.path, config.student.path

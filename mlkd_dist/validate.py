@@ -85,8 +85,9 @@ def validate(config: Config) -> None:
 
 def check_values(config: Config) -> None:
     for who, model in (("teacher", config.teacher), ("student", config.student)):
-        one_of(f"{who}.dtype", model.dtype, ["fp32", "bf16"])
         one_of(f"{who}.attention", model.attention, ATTENTION)
+    one_of("teacher.dtype", config.teacher.dtype, ["fp32", "bf16", "fp16"])
+    one_of("student.dtype", config.student.dtype, ["fp32", "bf16"])
     one_of("teacher.offload", config.teacher.offload, ["none", "cpu", "nvme"])
     one_of("student.offload", config.student.offload, ["none", "cpu"])
     if (config.teacher.offload == "nvme") != (config.teacher.offload_dir is not None):

@@ -249,6 +249,7 @@ REFUSED: dict[str, list[str]] = {
     "teacher={zero_stage: 0, offload: nvme, offload_dir: here}": ["offload: nvme needs sharding"],
     "student.offload=cpu student.zero_stage=0": ["student.offload", "offload=none"],
     "student.offload=nvme": ["student.offload: 'nvme'", "none, cpu"],
+    "teacher.dtype=fp8": ["teacher.dtype: 'fp8'", "fp32, bf16, fp16"],
     "student.dtype=fp16": ["student.dtype: 'fp16'", "did you mean", "fp32, bf16"],
     "student.attention=flash": ["student.attention: 'flash'", "sdpa, eager"],
     "student.activation_checkpointing=reentrant": ["reentrant", "gradient", "use non_reentrant"],

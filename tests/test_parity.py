@@ -182,3 +182,22 @@ def test_what_rests_on_the_host_changes_nothing(
     found = {(stage,): logged(config) for stage, config in configs.items()}
     check_parity(found, found[(0,)])
     assert list((tmp_path / "disk").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_a_teacher_of_any_type_teaches_the_same(
+    task: str, tmp_path: Path, teachers: dict, data: dict
+) -> None:
+    """Every loss, but for the rounding of what it reads."""
+    configs = {}
+    for dtype in ("fp32", "bf16", "fp16"):
+        (tmp_path / dtype).mkdir()
+        configs[dtype] = run_config(tmp_path / dtype, teachers[task], data, task)
+        configs[dtype]["teacher"]["dtype"] = dtype
+    launch([*configs.values()], tmp_path / "logs")
+    full, *others = (logged(config)[0] for config in configs.values())
+    for half in others:
+        assert {key: half[key] for key in full if key.startswith("loss/")} == pytest.approx(
+            {key: full[key] for key in full if key.startswith("loss/")}, rel=3e-2
+        )

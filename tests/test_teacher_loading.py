@@ -6,15 +6,21 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
-from conftest import ROOT, start
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import ROOT, start, world_of_one
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mlkd_dist import disk
-from mlkd_dist.config import UserError
+from mlkd_dist.config import Config, TeacherConfig, UserError
+from mlkd_dist.engine import check_types
+from mlkd_dist.tasks import Batch
+from mlkd_dist.teacher import Teacher
+from mlkd_dist.trace import Needs
 
 SHARD = 24 * 10**6
 SIZES = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12)
@@ -100,6 +106,38 @@ def test_a_teacher_larger_than_the_memory_runs_from_a_disk(tmp_path: Path) -> No
             assert done.returncode == code, done.stderr.decode()[-2000:]
     finally:
         group.rmdir()
+
+
+def test_a_teacher_in_fp16_shows_what_it_is(
+    teachers: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At ZeRO 0 and, where DeepSpeed takes the device for one of fp16, at ZeRO 3 the same bits,
+    which are those of fp32 but for their rounding."""
+    tokens = torch.arange(1, 13).reshape(2, 6)
+    every = torch.ones(2, dtype=torch.bool)
+    batch = Batch(
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, every, None, every
+    )
+    device = deepspeed.get_accelerator()
+    needs = Needs(frozenset({"embedding"}), {1: frozenset({"hidden", "query", "key"})})
+    path = str(teachers["causal_lm"])
+    config = Config(teacher=TeacherConfig(path=path, dtype="fp16", zero_stage=3))
+    if not device.is_fp16_supported():
+        with pytest.raises(UserError, match="teacher.dtype: DeepSpeed does not run fp16 on cpu"):
+            check_types(config)
+    monkeypatch.setattr(type(device), "is_fp16_supported", lambda _: True)
+    check_types(config)
+    found = {}
+    with world_of_one() as world:
+        for dtype, stage in (("fp32", 0), ("fp16", 0), ("fp16", 3)):
+            settings = replace(config.teacher, dtype=dtype, zero_stage=stage)
+            teacher = Teacher(path, settings, AutoModelForCausalLM, needs, world)
+            layer = teacher(batch).layers[1]
+            found[dtype, stage] = [layer.hidden, layer.query, layer.key]
+            teacher.close()
+    for full, half, sharded in zip(*found.values(), strict=True):
+        assert half.dtype == sharded.dtype == torch.float16 and torch.equal(half, sharded)
+        assert torch.allclose(half.float(), full, rtol=1e-2, atol=1e-2)
 
 
 def test_a_disk_that_is_full_or_not_there_is_named(tmp_path: Path) -> None:
