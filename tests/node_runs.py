@@ -1,6 +1,7 @@
 """Distils each config named on the command line, in the processes the environment describes. Beside
 each config stands, for each process, what its teacher held and sent in training, the time-outs of
-the groups then, and why the run was refused. `perturbed` in a config's name: the weights that the
+the groups then, how much of the student it held a second time for its node, and why the run was
+refused. `perturbed` in a config's name: the weights that the
 last process holds of the teacher are not what was read."""
 
 import json
@@ -40,6 +41,14 @@ class Watched(teacher.Teacher):
         return trace
 
 
+def noted(*args: Any) -> Any:
+    made = student_engine(*args)
+    again = [getattr(p, "ds_secondary_tensor", None) for p in made.module.parameters()]
+    seen["second"] = sum(tensor.numel() for tensor in again if tensor is not None)
+    seen["student"] = sum(getattr(p, "ds_numel", p.numel()) for p in made.module.parameters())
+    return made
+
+
 def every_weight_sharded(*args: Any) -> dict[str, Any]:
     """Small weights would stay whole between uses, as those of real models do not."""
     found = frozen_config(*args)
@@ -47,7 +56,9 @@ def every_weight_sharded(*args: Any) -> dict[str, Any]:
     return found
 
 
+student_engine = stage.student_engine
 stage.Teacher, teacher.frozen_config = Watched, every_weight_sharded
+stage.student_engine = noted
 world = engine.start()
 quiet()
 for path in sys.argv[1:]:

@@ -39,9 +39,11 @@ def test_other_processes_are_refused(local_ranks: list[int], message: str) -> No
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: dict) -> dict:
     """The same runs in four processes of two nodes, the teacher sharded over all, over each node,
-    or not; and two runs in which the last process has other weights."""
+    or not; with a second share of the student in each node; and two runs in which the last process
+    has other weights."""
     base = tmp_path_factory.mktemp("nodes")
     cases = [(task, group, 3) for task in ("classification", "causal_lm") for group in GROUPS]
+    cases += [("causal_lm", "second", 3)]
     cases += [("perturbed", "world", 0), ("perturbed", "node", 3)]
     found: dict = {}
     for task, group, zero_stage in cases:
@@ -50,7 +52,11 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, teachers: dict, data: di
         teacher = teachers.get(task, teachers["classification"])
         config = run_config(folder, teacher, data, task if task in teachers else "classification")
         config["student"]["zero_stage"] = 3 if task == "causal_lm" else 2
-        config["teacher"] |= {"zero_stage": zero_stage, "shard_group": group}
+        own = group if group in GROUPS else "world"
+        config["teacher"] |= {"zero_stage": zero_stage, "shard_group": own}
+        if group == "second":
+            zero = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+            config["deepspeed"] = {"zero_optimization": zero}
         config["batch"] |= {"micro_batch": 1, "evaluation": 2}
         config["launch"], config["stages"][0]["steps"] = {"timeout": 77}, 3
         path = folder / "config.yaml"
@@ -99,6 +105,16 @@ def test_its_weights_stay_inside_the_node(two_nodes: dict, task: str) -> None:
     for call in last["calls"][2:]:
         sizes = [size for _, size, ranks in call if ranks == [2, 3]]
         assert sum(sizes) == pytest.approx(4 * last["whole"] / 2, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_second_share_in_each_node_trains_the_same_student(two_nodes: dict) -> None:
+    """ZeRO++'s hierarchical partitioning (hpZ): half of the student once more in each process."""
+    there, usual = (two_nodes["causal_lm", group] for group in ("second", "world"))
+    check_parity({("second",): logged(there["config"])}, logged(usual["config"]))
+    for with_it, without in zip(there["seen"], usual["seen"], strict=True):
+        assert without["second"] == 0
+        assert with_it["second"] == pytest.approx(with_it["student"] / 2, rel=0.02)
 
 
 @pytest.mark.slow
