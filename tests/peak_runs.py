@@ -36,8 +36,10 @@ def grown(config: configs.Config, world: World) -> float:
 engine.keep_freed_memory = lambda: None
 world = engine.start()
 quiet()
-# The first one brings in what is imported and built on the way to a first step.
-grown(configs.load(sys.argv[1]), world)
+# The first two bring in what is imported and built on the way to a first step, without engines that
+# shard and with them.
+for path in sys.argv[1:3]:
+    grown(configs.load(path), world)
 for path in sys.argv[1:]:
     found = {"name": Path(path).stem, "grew": grown(configs.load(path), world)}
     if world.first:

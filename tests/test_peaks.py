@@ -45,11 +45,9 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "encoder_0_3_eager": ("classification", 0, 3, {"attention": "eager"}),
     "encoder_words_1_0": ("masked_lm", 1, 0, {}),
     "decoder_0_0": ("causal_lm", 0, 0, {}),
+    "decoder_2_3": ("causal_lm", 2, 3, {}),
+    "decoder_3_3": ("causal_lm", 3, 3, {}),
 }
-
-# Measured 15.5 % above what is planned: something of 40 MB beside a student at ZeRO 2 and a teacher
-# at ZeRO 3 is not among DeepSpeed's tensors (tests/held_bytes.py) and not in the plan.
-ALLOWED = {"encoder_2_3": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -114,4 +112,5 @@ def test_a_peak_is_what_was_planned(
     monkeypatch.setattr(footprint, "MIN_TOKENS", linear_divergence.CPU_TOKENS)
     totals = {name: predicted(path).total for name, path in cases.items()}
     off = {name: grew[name] / totals[name] - 1 for name in cases}
-    assert all(abs(part) <= ALLOWED.get(name, 0.15) for name, part in off.items()), off
+    print("above the plan:", {name: f"{part:.1%}" for name, part in off.items()})
+    assert all(abs(part) <= 0.15 for part in off.values()), off
