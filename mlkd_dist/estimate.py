@@ -75,6 +75,7 @@ def estimate(
     ours = footprint.trained(
         student.parameters, choice.student_zero, w, world, accum, student_offload
     )
+    copied = footprint.CHECKPOINT_BYTES * student.parameters / world
     tokens = micro_batch * length
     held = w * tokens * models.student_trace[0] if choice.checkpointing else 0
     work = 4 * tokens * models.compared
@@ -130,7 +131,7 @@ def estimate(
         # Beyond what the student's pass and the losses need anyway.
         live + max(0.0, first - backward - work - logits - live),
         late,
-        theirs.host + ours.host,
+        theirs.host + ours.host + (copied if config.run.save_in_background else 0),
         theirs.disk,
         wire,
         footprint.step_flops(models.teacher, student, accum * tokens, length, choice.checkpointing),

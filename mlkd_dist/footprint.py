@@ -12,6 +12,8 @@ GIB = 2**30
 BUCKET = 500_000_000
 PREFETCH = 50_000_000
 MAX_LIVE = 1_000_000_000
+# Of a parameter: fp32 weight and two moments.
+CHECKPOINT_BYTES = 12
 # Those of mlkd_kernels/streamed/linear_divergence.py on a GPU.
 HEAD_BYTES = 3 * 2**30
 MIN_TOKENS = 1024

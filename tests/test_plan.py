@@ -297,6 +297,14 @@ def test_a_teacher_on_a_disk_takes_no_memory(large: str, tmp_path: Path) -> None
     assert "disk" not in plan.main(large, words)
 
 
+def test_what_is_saved_in_the_background_is_copied_to_the_host(large: str, tmp_path: Path) -> None:
+    told = tmp_path / "plan.json"
+    plan.main(large, [f"json={told}", "run.save_in_background=true"])
+    found = json.loads(told.read_text())
+    for choice in found["choices"]:
+        assert choice["host_gib"] * GIB == pytest.approx(12 * found["student_parameters"] / 8)
+
+
 def test_a_teacher_inside_the_node_sends_nothing_between_nodes(large: str, tmp_path: Path) -> None:
     """And is what is recommended where an eighth of it fits."""
     told, out = tmp_path / "plan.json", tmp_path / "recommended.yaml"
