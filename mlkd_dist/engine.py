@@ -283,7 +283,8 @@ def check_types(config: Config) -> None:
     device = deepspeed.get_accelerator()
     runs = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
     for who, model in (("teacher", config.teacher), ("student", config.student)):
-        if not runs[model.dtype] and (who == "student" or model.zero_stage > 0):
+        engine = who == "student" or (model.path is not None and model.zero_stage > 0)
+        if engine and not runs[model.dtype]:
             more = ", or teacher.zero_stage=0" if who == "teacher" else ""
             raise UserError(
                 f"{who}.dtype: DeepSpeed does not run {model.dtype} on {device.device_name()} here;"

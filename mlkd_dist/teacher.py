@@ -41,7 +41,7 @@ class Teacher:
             zero_stage=settings.zero_stage,
             ds_config=ds_config,
             shard_group=shard_group(settings.shard_group, world) if sharded else None,
-            offload_dir=settings.offload_dir if settings.offload == "nvme" else None,
+            offload_dir=settings.offload_dir,
             trust_remote_code=trust_remote_code,
         )
         self.model.requires_grad_(False).eval()
