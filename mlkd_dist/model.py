@@ -116,10 +116,10 @@ def load_model(
     trust_remote_code: bool = False,
     weights: bool = True,
 ) -> PreTrainedModel:
-    """With the tap in place, and sharded while loading at ZeRO 3; with `offload_dir` the shares rest
-    in a file there. Weights that `path` lacks are refused, but for a head that is to be trained
-    (`new_head`) and a pooler, which no loss reads. Without `weights` all is checked and the model
-    stays on the meta device."""
+    """With the tap in place, and sharded while loading at ZeRO 3; with `offload_dir` the shares
+    rest in a file there. Weights that `path` lacks are refused, but for a head that is to be
+    trained (`new_head`) and a pooler, which no loss reads. Without `weights` all is checked and the
+    model stays on the meta device."""
     if getattr(config, "attn_logit_softcapping", None) and attention != "eager":
         raise UserError(
             f"model {path!r} caps its attention scores, which {attention} leaves out; set "
