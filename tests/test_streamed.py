@@ -46,11 +46,14 @@ def make_blocks_small(setattr: Callable = setattr) -> None:
     setattr(heads_in_chunks, "CUDA_BYTES", 0)
 
 
-@pytest.fixture(params=["cpu", "other"])
+@pytest.fixture(params=["cpu", "other", "kept"])
 def device_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to treat padding: that of the CPU and the one without waiting for a device."""
+    """Both ways to treat padding: that of the CPU and the one without waiting for a device; and few
+    scores, whose slopes are kept."""
     if request.param == "other":
         monkeypatch.setattr(blocks, "CPU", "no device of this name")
+    if request.param == "kept":
+        monkeypatch.setattr(blocks, "SMALL", 2 * 6 * LENGTH**2)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -152,13 +155,17 @@ def test_weighted_rows_are_their_sum(given: Callable, backend: str) -> None:
 # Key heads of student and teacher under 6 query heads; 2 and 3 make groups that do not nest.
 @pytest.mark.parametrize("key_heads", [(6, 6), (2, 3), (1, 6), (6, 1), (1, 1)])
 @pytest.mark.parametrize("loss", [attention_kl, attention_mse])
-def test_attention_parity_of_grouped_queries(key_heads: tuple[int, int], loss: Callable) -> None:
+def test_attention_parity_of_grouped_queries(
+    key_heads: tuple[int, int], loss: Callable, device_path: None
+) -> None:
     check_parity(*attention(MASKS["right"], True, key_heads, loss=loss))
 
 
 @pytest.mark.parametrize("loss", [attention_kl, attention_mse])
 @pytest.mark.parametrize("needed", [0, 1])
-def test_a_frozen_side_of_attention_gets_no_gradient(needed: int, loss: Callable) -> None:
+def test_a_frozen_side_of_attention_gets_no_gradient(
+    needed: int, loss: Callable, device_path: None
+) -> None:
     function, *inputs = attention(loss=loss)
     expected = results(function, "eager", inputs)[1 + needed]
     inputs[needed].requires_grad_()
@@ -190,7 +197,7 @@ def test_relation_parity_of_one_wide_head() -> None:
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
-def test_parity_in_other_precisions(dtype: torch.dtype, rtol: float) -> None:
+def test_parity_in_other_precisions(dtype: torch.dtype, rtol: float, device_path: None) -> None:
     function, student = relation(MASKS["holes"], dtype=dtype)
     # 16 bit gradients are the same but for their last bit, values are made in fp32 of both.
     check_parity(function, student, rtol=rtol)
@@ -513,7 +520,7 @@ OPERATIONS = every_operation()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_second_backward_finds_the_same(name: str) -> None:
+def test_a_second_backward_finds_the_same(name: str, device_path: None) -> None:
     function, inputs = OPERATIONS[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
     value = function(*leaves, backend="streamed").sum()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mlkd_kernels.rows import full_precision, wide_type
-from mlkd_kernels.streamed.blocks import Block, blocks, shaped
+from mlkd_kernels.streamed.blocks import Block, blocks, is_small, on_cpu, shaped
 from mlkd_kernels.streamed.products import add_product, factors, multiplies_16_bits, put_product
 from mlkd_kernels.streamed.row_ops import PLAIN, Limits, RowOps
 
@@ -87,17 +87,24 @@ class _RowKL(torch.autograd.Function):
         limits: Limits,
         ops: RowOps,
     ) -> Tensor:
-        # The scores are made again in backward, and their softmax with them: no statistics.
+        # The scores are made again in backward, and their softmax with them: no statistics. Of few
+        # scores the slopes are kept instead.
         vectors = student_query, student_key, teacher_query, teacher_key
-        ctx.save_for_backward(*vectors)
-        ctx.scales, ctx.limits, ctx.ops = scales, limits, ops
-        return _values(*_sides(vectors, scales), limits, ops, wide)
+        sides = _sides(vectors, scales)
+        keeps = any(ctx.needs_input_grad[:2]) and _keeping_is_cheaper(sides[0])
+        slopes: list[Tensor] | None = [] if keeps else None
+        rows = _values(*sides, limits, ops, wide, slopes)
+        ctx.save_for_backward(*vectors, *(slopes or []))
+        ctx.scales, ctx.limits, ctx.ops, ctx.keeps = scales, limits, ops, keeps
+        return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sides = _sides(ctx.saved_tensors, ctx.scales)
-        grads = _gradients(*sides, ctx.limits, ctx.ops, grad, ctx.needs_input_grad)
+        sides = _sides(ctx.saved_tensors[:4], ctx.scales)
+        slopes = iter(ctx.saved_tensors[4:]) if ctx.keeps else None
+        needed = ctx.needs_input_grad
+        grads = _gradients(*sides, ctx.limits, ctx.ops, grad, needed, slopes=slopes)
         dtype = sides[0].query.dtype
         return *(None if x is None else x.to(dtype) for x in grads), *[None] * 6
 
@@ -134,8 +141,14 @@ class _SumKL(torch.autograd.Function):
 
 
 def _values(
-    student: Side, teacher: Side, limits: Limits, ops: RowOps, wide: torch.dtype
+    student: Side,
+    teacher: Side,
+    limits: Limits,
+    ops: RowOps,
+    wide: torch.dtype,
+    slopes: list[Tensor] | None = None,
 ) -> Tensor:  # [H, M]
+    """Where there are `slopes`, these get each block's gradient of the student's scores."""
     rows = student.query.new_zeros(student.query.shape[:2], dtype=wide)
     with full_precision(rows):
         for heads, tokens in _parts(limits, rows):
@@ -144,7 +157,12 @@ def _values(
             for block in _blocks(*sides, own, found):
                 p = sides[1].scores(block, block.buffers[0])
                 q = sides[0].scores(block, block.buffers[1])
-                found[block.heads, block.rows] = ops.kl(p, q, block, own)
+                if slopes is None:
+                    found[block.heads, block.rows] = ops.kl(p, q, block, own)
+                    continue
+                one = rows.new_ones(block.shape[:2])
+                found[block.heads, block.rows], slope = ops.both(p, q, one, block, own, wide)
+                slopes.append(slope.clone())
             _put(rows[heads], tokens, found)
     return rows
 
@@ -157,9 +175,10 @@ def _gradients(
     grad: Tensor,  # [H, M]
     needed: tuple[bool, ...],
     rows: Tensor | None = None,  # [H, M]
+    slopes: Iterator[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the student's queries and keys, wide; None where they are not needed, or the keys are the
-    queries. Where there are `rows`, these get the values."""
+    queries. Where there are `rows`, these get the values; `slopes` are those of `_values`."""
     grad, unit = _in_units(grad, student.key)
     as_query = torch.zeros_like(student.query, dtype=grad.dtype) if needed[0] else None
     as_key = as_query
@@ -174,7 +193,8 @@ def _gradients(
                 found[1] = found[0]
             upstream, own = _take(grad[heads], tokens), _of_part(limits, heads)
             values = None if rows is None else _take(rows[heads], tokens)
-            _add(side, teacher.part(heads, tokens), own, ops, upstream, *found, values)
+            other = teacher.part(heads, tokens)
+            _add(side, other, own, ops, upstream, *found, values, slopes)
             for whole, part in zip(wholes, found, strict=True):
                 _put(whole, tokens, part)
             _put(_slice(rows, heads), tokens, values)
@@ -191,17 +211,23 @@ def _add(
     as_query: Tensor | None,  # [H, M, ds]
     as_key: Tensor | None,  # [Hkv, N, ds]
     rows: Tensor | None,  # [H, M]
+    slopes: Iterator[Tensor] | None,
 ) -> None:
     """Adds the gradients; a vector that is query and key gets both in the same tensor."""
     for block in _blocks(student, teacher, limits, grad):
-        p = teacher.scores(block, block.buffers[0])
-        q = student.scores(block, block.buffers[1])
         upstream = grad[block.heads, block.rows]
-        given = p, q, upstream, block, limits, student.key.dtype
-        if rows is None:
-            slope = ops.slope(*given)
+        if slopes is None:
+            p = teacher.scores(block, block.buffers[0])
+            q = student.scores(block, block.buffers[1])
+            given = p, q, upstream, block, limits, student.key.dtype
+            if rows is None:
+                slope = ops.slope(*given)
+            else:
+                rows[block.heads, block.rows], slope = ops.both(*given)
         else:
-            rows[block.heads, block.rows], slope = ops.both(*given)
+            free = shaped(block.buffers[0], *block.shape)
+            slope = torch.mul(next(slopes), upstream.unsqueeze(-1), out=free)
+            slope = slope.to(student.key.dtype)
         keys = student.key_heads(block.heads)
         flat = slope.view(keys.stop - keys.start, -1, block.columns)
         if as_query is not None:
@@ -224,6 +250,11 @@ def _in_units(grad: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         return grad, None
     unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) / FP16_ROOM
     return grad / unit, unit
+
+
+def _keeping_is_cheaper(student: Side) -> bool:
+    heads, rows = student.query.shape[:2]
+    return on_cpu(student.query) and is_small(heads * rows, student.key.shape[1])
 
 
 def _blocks(student: Side, teacher: Side, limits: Limits, like: Tensor) -> Iterator[Block]:
