@@ -167,24 +167,23 @@ def test_layers_open_alike_in_every_layout(
 def test_what_rests_on_the_host_changes_nothing(
     task: str, tmp_path: Path, teachers: dict, data: dict
 ) -> None:
-    """Optimizer states of the student at each stage, and the teacher's weights, or on a disk."""
-    configs, teacher_offload = {}, {0: "none", 1: "cpu", 2: "nvme", 3: "cpu"}
-    for stage, offload in ((0, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu")):
-        folder = tmp_path / f"{stage}"
+    """Optimizer states of the student at each stage that shards them, and the teacher's weights, or
+    these on a disk."""
+    configs, disk = {}, tmp_path / "disk"
+    for stages in STAGES:
+        folder = tmp_path / "-".join(map(str, stages))
         folder.mkdir()
         config = run_config(folder, teachers[task], data, task)
         config["batch"] |= {"micro_batch": 1, "grad_accum": 2}
-        config["student"] |= {"zero_stage": stage, "offload": offload}
-        config["teacher"] |= {
-            "zero_stage": 3 if stage else 0,
-            "offload": teacher_offload[stage],
-            "offload_dir": str(tmp_path / "disk") if teacher_offload[stage] == "nvme" else None,
-        }
-        configs[stage] = config
+        for model, stage in zip(("student", "teacher"), stages, strict=True):
+            config[model] |= {"zero_stage": stage, "offload": "cpu" if stage else "none"}
+        if stages == (2, 3):
+            config["teacher"] |= {"offload": "nvme", "offload_dir": str(disk)}
+        configs[stages] = config
     launch([*configs.values()], tmp_path / "logs", 2)
-    found = {(stage,): logged(config) for stage, config in configs.items()}
-    check_parity(found, found[(0,)])
-    assert list((tmp_path / "disk").iterdir()) == []
+    found = {stages: logged(config) for stages, config in configs.items()}
+    check_parity(found, found[(0, 0)])
+    assert list(disk.iterdir()) == []
 
 
 @pytest.mark.slow
