@@ -1,8 +1,8 @@
 """The run that makes a task's teacher: hard labels alone, with the same engine as any student."""
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mlkd_dist import config as configs
 from mlkd_dist.config import (
@@ -13,6 +13,7 @@ from mlkd_dist.config import (
     TeacherConfig,
     UserError,
 )
+from mlkd_dist.settings import differences, global_batch, mathematics, paths, read_back
 
 
 def finetune_config(config: Config) -> Config:
@@ -63,30 +64,23 @@ def finished(own: Config) -> bool:
     made = Path(own.run.dir)
     if not (made / "report.json").exists():
         return False
-    ours = asdict(own)
-    theirs = asdict(configs.load(made / "config.yaml"))
-    # How many bad rows may be left out says nothing of those that were used.
-    theirs["data"]["max_bad"] = ours["data"]["max_bad"]
-    for settings in (ours, theirs):
-        # It is asked of what is finished.
-        settings["task"].pop("generate")
-    # How it is launched and logged does not change the result.
-    different = [
-        key
-        for key in ours
-        if key not in ("bench", "launch", "log_every", "run") and ours[key] != theirs[key]
-    ]
-    if ours["run"]["seed"] != theirs["run"]["seed"]:
-        different.append("run.seed")
-    if ours["run"]["export"] != theirs["run"]["export"]:
-        different.append("export")
-    elif own.run.export == "best":
-        if ours["run"]["evaluate_every"] != theirs["run"]["evaluate_every"]:
-            different.append("evaluate_every")
-    if different:
+    theirs = read_back(made / "config.yaml")
+    changed = ["config.yaml cannot be read"]
+    if theirs is not None:
+        changed = differences(decisive(theirs), decisive(own))
+    if changed:
         raise UserError(
             f"teacher.finetune: {own.run.dir!r} holds a teacher that was fine-tuned with other "
-            f"settings "
-            f"({', '.join(different)}); remove that folder, or set teacher.finetune.dir to another."
+            f"settings ({'; '.join(changed)}); remove that folder, or set teacher.finetune.dir to "
+            f"another."
         )
     return True
+
+
+def decisive(own: Config) -> dict[str, Any]:
+    """Every setting that the exported model depends on."""
+    found = mathematics(own) | paths(own) | global_batch(own, own.launch.processes)
+    found["run.export"] = own.run.export
+    if own.run.export == "best":
+        found["run.evaluate_every"] = own.run.evaluate_every
+    return found

@@ -1,5 +1,6 @@
 """Studies: what one may say, what it finds finished, its arithmetic, and its runs."""
 
+import copy
 import csv
 import fcntl
 import json
@@ -108,6 +109,34 @@ def test_one_teacher_is_made_for_all(written: Any, tmp_path: Path) -> None:
     assert own.data.train_rows is None
     assert {run.config.teacher.path for run in asked.runs} == {f"{made}/export"}
     assert {run.config.teacher.finetune for run in asked.runs} == {None}
+
+
+BEST = {"steps": 3, "evaluate_every": 2, "export": "best"}
+
+
+def test_a_teacher_is_used_again_if_it_was_made_alike(written: Any) -> None:
+    base = {"config": "base.yaml", "teacher.finetune": BEST}
+    own = study_runs.finetune_config(plan(written(base=base)).base)
+    made = Path(own.run.dir)
+    made.mkdir(parents=True)
+    assert not study_runs.teacher_finished(own)
+    configs.save(own, made / "config.yaml")
+    (made / "report.json").touch()
+    assert study_runs.teacher_finished(own)
+    # The same global batch, and what changes nothing.
+    own.launch.processes, own.batch.micro_batch = 2, own.batch.micro_batch // 2
+    own.log_every, own.data.cache, own.kernels = 7, "elsewhere", "eager"
+    assert study_runs.teacher_finished(own)
+    changes = {"optim.lr": 1.0, "run.seed": 4, "run.evaluate_every": 9, "data.train": "other"}
+    for key, value in changes.items():
+        other = copy.deepcopy(own)
+        part, name = key.split(".")
+        setattr(getattr(other, part), name, value)
+        with pytest.raises(UserError, match=rf"fine-tuned with other settings \({key}: .* {value}"):
+            study_runs.teacher_finished(other)
+    own.launch.processes = 4
+    with pytest.raises(UserError, match="processes x .*: 4 -> 8"):
+        study_runs.teacher_finished(own)
 
 
 LONGER = {"stages": [HIDDEN[0] | {"steps": 6}]}
