@@ -90,27 +90,26 @@ def estimate(
     ready = footprint.buffers(student.parameters, choice.student_zero, w, world, bucket)
     live += ready
     late = footprint.late(ours.gradients, ready, choice.student_zero, accum)
-    theirs, traces, first, teacher_wire = footprint.States(0, 0, 0, 0), 0.0, 0.0, 0.0
-    node = choice.teacher_group == "node"
+    t, node = WIDTHS[config.teacher.dtype], choice.teacher_group == "node"
+    per_sample = length * models.teacher_trace[0] + models.teacher_trace[1]
+    theirs, first, teacher_wire = footprint.States(0, 0, 0, 0), 0.0, 0.0
     if models.teacher is not None:
-        t, teacher = WIDTHS[config.teacher.dtype], models.teacher
-        shards = cluster.gpus_per_node if node else world
+        teacher, shards = models.teacher, cluster.gpus_per_node if node else world
         theirs = footprint.frozen(
             teacher.parameters, choice.teacher_zero, t, shards, choice.teacher_offload
         )
-        # Where losses compare samples of a whole step, its traces are all there at once.
-        kept = accum if models.gathered else 1
-        per_sample = length * models.teacher_trace[0] + models.teacher_trace[1]
         # What enters a head over a vocabulary, in the place of its logits.
         per_sample += length * teacher.hidden if teacher.outputs and models.reads_head else 0
-        traces = kept * micro_batch * t * per_sample
-        traces += 4 * models.gathered * micro_batch * accum * world
         eager = config.teacher.attention == "eager"
         first = footprint.forward_only(teacher, micro_batch, length, t, eager)
         first += footprint.gathered_teacher(teacher, choice.teacher_zero, t)
         teacher_wire = footprint.teacher_wire(
             teacher.parameters, choice.teacher_zero, t, shards, accum
         )
+    # Where losses compare samples of a whole step, its traces are all there at once.
+    kept = accum if models.gathered else 1
+    traces = kept * micro_batch * t * per_sample
+    traces += 4 * models.gathered * micro_batch * accum * world
     extra = bool(models.gathered) and accum > 1
     wire = Wire(
         0 if node else teacher_wire,

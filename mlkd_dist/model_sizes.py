@@ -49,15 +49,16 @@ def models_of(config: Config) -> Models:
     parameters = count(ours) + projections - saved_by_factors(config, ours)
     student_size = replace(size_of(config, student, ours), parameters=parameters)
     student_trace = trace_of(student, ours, [o.needs(0) for o in objectives])
-    # What the teacher said before is read from files, a batch of it at a time.
-    reading = [o for o in objectives if o.reads_teacher and config.teacher.cache is None]
+    reading = [o for o in objectives if o.reads_teacher]
     if not reading:
         return Models(None, student_size, (0, 0), student_trace, 0, 0, reads_head(objectives))
     deepest = deepest_needs(reading)
     theirs = built(config, cut_to(teacher, deepest), teacher_class(config, deepest), "teacher")
     teacher_trace = trace_of(teacher, theirs, [o.needs(1) for o in reading])
+    # What the teacher said before is read from files, a batch of it at a time.
+    live = config.teacher.cache is None
     return Models(
-        size_of(config, cut_to(teacher, deepest), theirs),
+        size_of(config, cut_to(teacher, deepest), theirs) if live else None,
         student_size,
         teacher_trace,
         student_trace,

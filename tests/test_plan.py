@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlkd_dist import config as configs
 from mlkd_dist import footprint, model_sizes, plan, tasks
-from mlkd_dist.cluster import cluster_of, room
+from mlkd_dist.cluster import Cluster, cluster_of, room
 from mlkd_dist.config import UserError
 from mlkd_dist.estimate import Choice, Plan, choices, estimate
 from mlkd_dist.footprint import GIB
@@ -162,6 +162,21 @@ def test_a_trace_has_the_numbers_that_are_counted(small: dict, teachers: dict) -
     )
     per_token, per_sample = models.teacher_trace
     assert numbers == 3 * 7 * per_token + 3 * per_sample
+
+
+def test_a_teacher_that_is_read_from_files_has_traces_alone(small: dict) -> None:
+    losses = {"hidden_mse": {}, "sample_relation": {}, "soft_labels": {}}
+    changed = small["given"] | {"stages": [{"name": "one", "steps": 1, "losses": losses}]}
+    cluster, choice = Cluster(nodes=2, gpus_per_node=4), Choice(3, "world", 2, "none", False)
+    found = []
+    for cache in None, {"dir": str(small["folder"] / "cache")}:
+        config = configs.from_mapping(changed | {"teacher": changed["teacher"] | {"cache": cache}})
+        found.append(estimate(config, model_sizes.models_of(config), cluster, choice, 4))
+    live, cached = found
+    assert live.teacher_weights > cached.teacher_weights == cached.wire.teacher == 0
+    assert live.traces == cached.traces > 0
+    assert live.wire.samples == cached.wire.samples > 0
+    assert live.flops > cached.flops
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
