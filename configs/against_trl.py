@@ -23,7 +23,7 @@ import torch
 from small_llama import END, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlkd_dist.builtin_text import passages
+from mlkd_dist.inputs.builtin_text import passages
 
 SIDES = ("mlkd", "trl")
 TEMPLATE = (
@@ -119,7 +119,7 @@ def mlkd(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     from mlkd_dist import config as configs
     from mlkd_dist import distill, stage
     from mlkd_dist.engine import start, stop
-    from mlkd_dist.model import quiet
+    from mlkd_dist.models.model import quiet
 
     steps, step = Steps(), stage.train_step
 

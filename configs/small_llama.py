@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mlkd_dist.builtin_text import passages
+from mlkd_dist.inputs.builtin_text import passages
 
 END, LONGEST = "<|endoftext|>", 128
 

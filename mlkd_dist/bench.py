@@ -30,18 +30,18 @@ from mlkd_dist.data import Sampler, batches, cache_folder
 from mlkd_dist.engine import Engine, World, barrier, gather_objects, student_engine
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.metrics import Clock, peak_gib
-from mlkd_dist.model import load_model, read_config
+from mlkd_dist.models.model import load_model, read_config
 from mlkd_dist.objective import Objective, Peers, Term, weighted_sum
 from mlkd_dist.preflight import check_start, prepared
+from mlkd_dist.rules.schema import loss_options, loss_schema
 from mlkd_dist.run import Run, class_count, on_first, source, starting_student, user_errors
 from mlkd_dist.schedule import learning_rate, total_steps
-from mlkd_dist.schema import loss_options, loss_schema
 from mlkd_dist.stage import stage_objective, stage_teacher, train_step, trainable
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace
-from mlkd_dist.watch import Watch
+from mlkd_dist.watching.watch import Watch
 from mlkd_kernels import choose
 
 FLOOR, STEP, HARD_LABELS = "floor", "step", "hard_labels"

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlkd_dist import commit, verify
-from mlkd_dist.commit import Rejected
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
 from mlkd_dist.low_rank import save
+from mlkd_dist.processes.signals import say
 from mlkd_dist.run import on_first
-from mlkd_dist.shards import own_shard, read_shards, shapes
-from mlkd_dist.signals import say
+from mlkd_dist.saving import commit, verify
+from mlkd_dist.saving.commit import Rejected
+from mlkd_dist.saving.shards import own_shard, read_shards, shapes
 
 PROJECTIONS = "projections.safetensors"
 

@@ -10,9 +10,9 @@ from typing import Any
 from mlkd_dist import __version__
 from mlkd_dist.config import UserError, load
 from mlkd_dist.finetune import finetune_config
-from mlkd_dist.launcher import launched
-from mlkd_dist.supervise import supervise
-from mlkd_dist.versions import FLOORS, check_versions, installed
+from mlkd_dist.processes.launcher import launched
+from mlkd_dist.processes.supervise import supervise
+from mlkd_dist.processes.versions import FLOORS, check_versions, installed
 
 HELP = {
     "distill": "distil a student from a teacher, stage by stage",
@@ -114,14 +114,16 @@ def run_plan(given: argparse.Namespace) -> int:
 def add_study(commands: Any) -> None:
     text = "methods x seeds x budgets on one task: runs, a table of means and spreads, plots"
     command = commands.add_parser("study", help=text, description=text)
-    command.add_argument("study", help="a YAML file; see configs/studies/ and mlkd_dist/study.py")
+    command.add_argument(
+        "study", help="a YAML file; see configs/studies/ and mlkd_dist/studies/study.py"
+    )
     command.add_argument(
         "settings", nargs="*", metavar="key=value", help="over the base of all runs, or seeds=[0,1]"
     )
 
 
 def run_study(given: argparse.Namespace) -> int:
-    from mlkd_dist.study_runs import main as study
+    from mlkd_dist.studies.runs import main as study
 
     return study(given.study, given.settings)
 
@@ -138,7 +140,7 @@ def add_doctor(commands: Any) -> None:
 
 
 def run_doctor(given: argparse.Namespace) -> int:
-    from mlkd_dist.doctor import asked, doctor
+    from mlkd_dist.planning.doctor import asked, doctor
 
     what = asked(given.words)
     here = all(installed(name) is not None for name in FLOORS)

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mlkd_dist.commit import write_whole
+from mlkd_dist.saving.commit import write_whole
 
 
 class UserError(ValueError):
@@ -479,7 +479,7 @@ def from_mapping(given: Any) -> Config:
 def check(config: Config) -> None:
     """UserError for values, combinations or models that do not go together; see validate.py."""
     # Imported here since it needs the classes above.
-    from mlkd_dist.validate import validate
+    from mlkd_dist.rules.validate import validate
 
     validate(config)
 

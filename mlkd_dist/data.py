@@ -20,12 +20,12 @@ import tokenizers
 import torch
 import transformers
 
-from mlkd_dist.columns import Columns
 from mlkd_dist.config import UserError
-from mlkd_dist.quarantine import Quarantine, Sieve
-from mlkd_dist.selection import first_rows, good_rows, split
-from mlkd_dist.signals import sent_when_parent_dies
-from mlkd_dist.sources import fingerprint, locate, read, unit
+from mlkd_dist.inputs.columns import Columns
+from mlkd_dist.inputs.quarantine import Quarantine, Sieve
+from mlkd_dist.inputs.selection import first_rows, good_rows, split
+from mlkd_dist.inputs.sources import fingerprint, locate, read, unit
+from mlkd_dist.processes.signals import sent_when_parent_dies
 from mlkd_dist.tasks import BadRow
 
 # Raised when the meaning of a cached row changes.

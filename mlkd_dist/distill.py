@@ -13,17 +13,20 @@ from typing import Any
 
 from mlkd_dist import config as configs
 from mlkd_dist.bench import bench
-from mlkd_dist.cache import write_cache
-from mlkd_dist.cache_plan import check_cache, require
+from mlkd_dist.cache.plan import check_cache, require
+from mlkd_dist.cache.write import write_cache
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.doctor import asked, doctor
 from mlkd_dist.engine import World, gather_objects, start, stop
 from mlkd_dist.evaluate import Evaluator, report
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
-from mlkd_dist.model import quiet
+from mlkd_dist.models.model import quiet
+from mlkd_dist.planning.doctor import asked, doctor
+from mlkd_dist.planning.shortage import is_shortage, say_shortage
 from mlkd_dist.preflight import check_machine, check_start, prepared
-from mlkd_dist.resume import open_run
+from mlkd_dist.processes.signals import REQUEUE, SIGNALLED, leave, say, tell
+from mlkd_dist.processes.versions import check_versions, refuse_different, versions
+from mlkd_dist.processes.waiting import lost_contact
 from mlkd_dist.run import (
     FINISHED,
     Run,
@@ -34,13 +37,10 @@ from mlkd_dist.run import (
     source,
     user_errors,
 )
-from mlkd_dist.shortage import is_shortage, say_shortage
-from mlkd_dist.signals import REQUEUE, SIGNALLED, leave, say, tell
+from mlkd_dist.saving.resume import open_run
 from mlkd_dist.stage import run_stage, stopped
-from mlkd_dist.validation import Validation
-from mlkd_dist.versions import check_versions, refuse_different, versions
-from mlkd_dist.waiting import lost_contact
-from mlkd_dist.watch import Desynchronised, Diverged, Stopped, Watch
+from mlkd_dist.watching.validation import Validation
+from mlkd_dist.watching.watch import Desynchronised, Diverged, Stopped, Watch
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,8 +28,8 @@ from deepspeed.utils import set_log_level_from_string
 from transformers.integrations import HfDeepSpeedConfig
 
 from mlkd_dist.config import Config, UserError, nearest
-from mlkd_dist.disk import Weights
-from mlkd_dist.waiting import PATIENCE
+from mlkd_dist.models.disk import Weights
+from mlkd_dist.processes.waiting import PATIENCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Engine = deepspeed.DeepSpeedEngine

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlkd_dist.answers import Answers
-from mlkd_dist.commit import names, told, write_whole
 from mlkd_dist.config import TeacherConfig
 from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import DTYPES, all_reduce, barrier, gather_objects
+from mlkd_dist.generation.answers import Answers
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.losses import attention_kl
 from mlkd_dist.low_rank import HOW_TO_LOAD, ranks_of
-from mlkd_dist.model import parameter_count, read_config
+from mlkd_dist.models.model import parameter_count, read_config
+from mlkd_dist.rules.shapes import shape
 from mlkd_dist.run import Run
-from mlkd_dist.shapes import shape
+from mlkd_dist.saving.commit import names, told, write_whole
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace

@@ -13,7 +13,7 @@ from mlkd_dist.config import (
     TeacherConfig,
     UserError,
 )
-from mlkd_dist.settings import differences, global_batch, mathematics, paths, read_back
+from mlkd_dist.rules.settings import differences, global_batch, mathematics, paths, read_back
 
 
 def finetune_config(config: Config) -> Config:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mlkd_dist.config import LowRankConfig, UserError, resolve_path
-from mlkd_dist.linears import (
+from mlkd_dist.models.linears import (
     LowRankEmbedding,
     dense,
     layer_matrices,
@@ -25,7 +25,7 @@ from mlkd_dist.linears import (
     matrix_sizes,
     sizes,
 )
-from mlkd_dist.roles import FAMILIES, NAMES, ROLES
+from mlkd_dist.models.roles import FAMILIES, NAMES, ROLES
 from mlkd_dist.trace import layer_modules
 
 KEY = "mlkd_low_rank"

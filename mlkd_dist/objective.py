@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from mlkd_dist.engine import World, all_gather, all_reduce
-from mlkd_dist.head import HeadRows
 from mlkd_dist.layer_map import Pairs, layer_pairs
 from mlkd_dist.losses import load
-from mlkd_dist.reach import Reach
+from mlkd_dist.models.head import HeadRows
+from mlkd_dist.rules.schema import LossSchema, loss_schema
 from mlkd_dist.schedule import Opening
-from mlkd_dist.schema import LossSchema, loss_schema
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import LAYER_READS, Needs, Samples, Trace
-from mlkd_dist.watch import Watch
+from mlkd_dist.watching.reach import Reach
+from mlkd_dist.watching.watch import Watch
 
 ROW_KINDS = ("token", "sample", "label")
 # Options that this file acts on; the rest go to the loss.

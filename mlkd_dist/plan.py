@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mlkd_dist import config as configs
-from mlkd_dist.cluster import Cluster, cluster_of, room
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.estimate import Choice, Plan, choices, estimate
-from mlkd_dist.footprint import GIB
-from mlkd_dist.model_sizes import Models, models_of
+from mlkd_dist.planning.cluster import Cluster, cluster_of, room
+from mlkd_dist.planning.estimate import Choice, Plan, choices, estimate
+from mlkd_dist.planning.footprint import GIB
+from mlkd_dist.planning.model_sizes import Models, models_of
 
 LARGEST_BATCH = 2**20
 PARTS = ("teacher_weights", "student_weights", "gradients", "optimizer", "activations", "traces")

@@ -13,22 +13,22 @@ from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import Sampler, prepare
 from mlkd_dist.engine import World, check_deepspeed, check_types
 from mlkd_dist.finetune import with_finetuned_teacher
-from mlkd_dist.head import check_linear_head
+from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.layer_map import layer_pairs
-from mlkd_dist.linears import matrix_sizes
 from mlkd_dist.low_rank import check_plan
-from mlkd_dist.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
-from mlkd_dist.nodes import shard_group
-from mlkd_dist.prompts import check_answers_fit
-from mlkd_dist.quarantine import Quarantine
-from mlkd_dist.roles import FAMILIES
+from mlkd_dist.models.head import check_linear_head
+from mlkd_dist.models.linears import matrix_sizes
+from mlkd_dist.models.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.models.nodes import shard_group
+from mlkd_dist.models.roles import FAMILIES
+from mlkd_dist.rules.prompts import check_answers_fit
+from mlkd_dist.rules.schema import loss_schema
+from mlkd_dist.rules.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
-from mlkd_dist.schema import loss_schema
-from mlkd_dist.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.student import starting_config
 from mlkd_dist.trace import check_readable, layer_modules
-from mlkd_dist.validation import undecided
+from mlkd_dist.watching.validation import undecided
 from mlkd_kernels import choose
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlkd_dist import commit
+from mlkd_dist.cache.stored import StoredTeacher, state_names
 from mlkd_dist.checkpoint import (
     PROJECTIONS,
     Checkpoints,
@@ -27,23 +27,23 @@ from mlkd_dist.engine import (
     student_config,
     student_engine,
 )
+from mlkd_dist.generation.on_policy import Policy, speaks, stage_policy
 from mlkd_dist.metrics import Metrics, drop_logged
-from mlkd_dist.model import read_config
+from mlkd_dist.models.model import read_config
 from mlkd_dist.objective import Objective, Widths
-from mlkd_dist.on_policy import Policy, speaks, stage_policy
-from mlkd_dist.replicas import check_replicas
+from mlkd_dist.processes.signals import say
+from mlkd_dist.processes.waiting import PATIENCE, wait_at_most
 from mlkd_dist.run import Run, class_count, on_first
+from mlkd_dist.saving import commit
 from mlkd_dist.schedule import learning_rate, opening, total_steps
-from mlkd_dist.signals import say
-from mlkd_dist.spikes import Spikes, go_back, rows
-from mlkd_dist.stored import StoredTeacher, state_names
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace
-from mlkd_dist.validation import Validation
-from mlkd_dist.waiting import PATIENCE, wait_at_most
-from mlkd_dist.watch import Diverged, Stopped, Watch
+from mlkd_dist.watching.replicas import check_replicas
+from mlkd_dist.watching.spikes import Spikes, go_back, rows
+from mlkd_dist.watching.validation import Validation
+from mlkd_dist.watching.watch import Diverged, Stopped, Watch
 from mlkd_kernels import choose
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mlkd_dist.config import Config, FromTeacherConfig, StudentConfig, UserError
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
-from mlkd_dist.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
+from mlkd_dist.models.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
 from mlkd_dist.objective import Objective, Peers
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Needs, Trace, capture, layer_modules

@@ -21,9 +21,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlkd_dist.head import Head, TopKRows, head_of, watched_head
-from mlkd_dist.linears import Applied, layer_matrices, matrices, matrix_sizes, part
-from mlkd_dist.roles import NAMES
+from mlkd_dist.models.head import Head, TopKRows, head_of, watched_head
+from mlkd_dist.models.linears import Applied, layer_matrices, matrices, matrix_sizes, part
+from mlkd_dist.models.roles import NAMES
 
 # What a loss may read. Of a layer: the vectors entering attention (after rotary embedding), its
 # result before ("context") and after ("attention_output") the output projection, the layer's

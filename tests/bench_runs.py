@@ -5,7 +5,7 @@ import sys
 from mlkd_dist import config as configs
 from mlkd_dist.bench import bench
 from mlkd_dist.engine import start, stop
-from mlkd_dist.model import quiet
+from mlkd_dist.models.model import quiet
 
 world = start()
 quiet()

@@ -18,9 +18,9 @@ sys.path.insert(0, "configs")
 
 from small_llama import tokenizer, untrained
 
-from mlkd_dist.builtin_text import passages
-from mlkd_dist.head import HeadRows, top_k_rows
+from mlkd_dist.inputs.builtin_text import passages
 from mlkd_dist.losses.soft_labels import over_vocabulary
+from mlkd_dist.models.head import HeadRows, top_k_rows
 
 LENGTH, BATCH, HELD_OUT = 128, 8, 4
 TOP_K, TEMPERATURES = (16, 64, 256), (1.0, 2.0)

@@ -18,8 +18,8 @@ from mlkd_dist import distill
 from mlkd_dist.checkpoint import NotSaved
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import World, start, stop
-from mlkd_dist.model import quiet
-from mlkd_dist.watch import Diverged, Stopped
+from mlkd_dist.models.model import quiet
+from mlkd_dist.watching.watch import Diverged, Stopped
 
 
 def fault(kind: str, value: str) -> Fault:

@@ -12,7 +12,7 @@ import torch
 from mlkd_dist import config as configs
 from mlkd_dist import distill, stage
 from mlkd_dist.engine import start, stop
-from mlkd_dist.model import quiet
+from mlkd_dist.models.model import quiet
 
 world = start()
 quiet()

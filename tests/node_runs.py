@@ -14,9 +14,9 @@ from wire import counted
 
 from mlkd_dist import config as configs
 from mlkd_dist import distill, engine, stage, teacher
-from mlkd_dist.model import quiet
-from mlkd_dist.waiting import limits
-from mlkd_dist.watch import Desynchronised
+from mlkd_dist.models.model import quiet
+from mlkd_dist.processes.waiting import limits
+from mlkd_dist.watching.watch import Desynchronised
 
 seen: dict[str, Any] = {}
 frozen_config = engine.frozen_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlkd_dist import config as configs
 from mlkd_dist.distill import distill
 from mlkd_dist.engine import start, stop
-from mlkd_dist.model import quiet
+from mlkd_dist.models.model import quiet
 
 world = start()
 quiet()

@@ -11,7 +11,7 @@ from held import held, own_bytes
 from mlkd_dist import config as configs
 from mlkd_dist import distill, stage
 from mlkd_dist.engine import start, stop
-from mlkd_dist.model import quiet
+from mlkd_dist.models.model import quiet
 
 step_of_distill, found = stage.train_step, []
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 
-from mlkd_dist import stage, watch
+from mlkd_dist import stage
+from mlkd_dist.watching import watch
 
-STEP, POINT = "mlkd_dist.stage.train_step", "mlkd_dist.commit.reached"
+STEP, POINT = "mlkd_dist.stage.train_step", "mlkd_dist.saving.commit.reached"
 
 
 class Killed(BaseException):

@@ -13,12 +13,13 @@ import pytest
 from conftest import WORDS, made_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mlkd_dist import data, sources, tasks
+from mlkd_dist import data, tasks
 from mlkd_dist.config import Config, DataConfig, TaskConfig, UserError
 from mlkd_dist.data import prepare
-from mlkd_dist.quarantine import Quarantine
-from mlkd_dist.settings import mathematics
-from mlkd_dist.study_folder import settings as settings_of_study
+from mlkd_dist.inputs import sources
+from mlkd_dist.inputs.quarantine import Quarantine
+from mlkd_dist.rules.settings import mathematics
+from mlkd_dist.studies.folder import settings as settings_of_study
 
 SIZE = 16
 PASSAGE = " ".join(WORDS[:8])

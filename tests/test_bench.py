@@ -15,7 +15,7 @@ from mlkd_dist import bench, objective
 from mlkd_dist import config as configs
 from mlkd_dist.bench import peak_of, table, whole
 from mlkd_dist.engine import World
-from mlkd_dist.quarantine import Quarantine
+from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.tasks import BadRow, Batch
 from mlkd_dist.trace import Needs, Trace
 

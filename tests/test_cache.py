@@ -11,17 +11,25 @@ import pytest
 import torch
 from conftest import stored_config, world_of_one
 
-from mlkd_dist import cache as writing
-from mlkd_dist import cache_plan, commit
-from mlkd_dist.cache_plan import Ranges
+from mlkd_dist.cache import plan as cache_plan
+from mlkd_dist.cache import write as writing
+from mlkd_dist.cache.plan import Ranges
+from mlkd_dist.cache.stored import (
+    Stored,
+    StoredTeacher,
+    read_state,
+    row_keys,
+    shard_names,
+    state_needs,
+)
 from mlkd_dist.config import UserError, from_mapping
 from mlkd_dist.data import batches
 from mlkd_dist.engine import World
-from mlkd_dist.head import top_k_rows
-from mlkd_dist.model import read_config
+from mlkd_dist.models.head import top_k_rows
+from mlkd_dist.models.model import read_config
 from mlkd_dist.preflight import prepared
 from mlkd_dist.run import Run, source
-from mlkd_dist.stored import Stored, StoredTeacher, read_state, row_keys, shard_names, state_needs
+from mlkd_dist.saving import commit
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs
 

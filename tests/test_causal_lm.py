@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist import tasks
-from mlkd_dist.columns import Columns
 from mlkd_dist.config import DataConfig, TaskConfig, UserError
 from mlkd_dist.data import prepare
-from mlkd_dist.head import Head
-from mlkd_dist.quarantine import Sieve
-from mlkd_dist.sources import read
+from mlkd_dist.inputs.columns import Columns
+from mlkd_dist.inputs.quarantine import Sieve
+from mlkd_dist.inputs.sources import read
+from mlkd_dist.models.head import Head
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import BadRow, Batch
 from mlkd_dist.tasks.causal_lm import packed

@@ -19,13 +19,15 @@ from places import same
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from mlkd_dist import checkpoint, commit, run, watch
+from mlkd_dist import checkpoint, run
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
 from mlkd_dist.config import Config, RunConfig, UserError
 from mlkd_dist.engine import World, backward, student_engine
-from mlkd_dist.shards import own_shard
-from mlkd_dist.signals import Signals
-from mlkd_dist.watch import Diverged, Watch
+from mlkd_dist.processes.signals import Signals
+from mlkd_dist.saving import commit
+from mlkd_dist.saving.shards import own_shard
+from mlkd_dist.watching import watch
+from mlkd_dist.watching.watch import Diverged, Watch
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from damage import cuts, flipped
 
-from mlkd_dist import commit
-from mlkd_dist.commit import LATEST, MANIFEST, PARTIAL, REJECTED, Rejected
+from mlkd_dist.saving import commit
+from mlkd_dist.saving.commit import LATEST, MANIFEST, PARTIAL, REJECTED, Rejected
 
 RANKS = 3
 

@@ -16,13 +16,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlkd_dist import builtin_text, data
-from mlkd_dist.columns import LINE, Columns
+from mlkd_dist import data
 from mlkd_dist.config import UserError
 from mlkd_dist.data import Sampler, batches, prepare, split
-from mlkd_dist.quarantine import Sieve
-from mlkd_dist.sources import read as read_rows
-from mlkd_dist.sources import unit
+from mlkd_dist.inputs import builtin_text
+from mlkd_dist.inputs.columns import LINE, Columns
+from mlkd_dist.inputs.quarantine import Sieve
+from mlkd_dist.inputs.sources import read as read_rows
+from mlkd_dist.inputs.sources import unit
 
 ROWS = [{"text": f"word{i} word{i + 1}", "label": i % 3, "other": None} for i in range(20)]
 
@@ -273,7 +274,7 @@ def test_prose_is_taken_and_code_is_left() -> None:
 
 def test_python_docs_are_the_same_in_every_process() -> None:
     code = (
-        "from mlkd_dist.builtin_text import _passages, fingerprint as f\n"
+        "from mlkd_dist.inputs.builtin_text import _passages, fingerprint as f\n"
         "print(f(), list(_passages('One two three four five six. Seven.')))"
     )
     runs = [

@@ -15,10 +15,11 @@ import pytest
 import torch
 from conftest import ROOT, run_config
 
-from mlkd_dist import cli, doctor, machine
+from mlkd_dist import cli
 from mlkd_dist.config import Config, TeacherConfig, UserError, from_mapping
 from mlkd_dist.engine import World, free_port
-from mlkd_dist.machine import FAIL, OK, WARN, Asked, Finding
+from mlkd_dist.planning import doctor, machine
+from mlkd_dist.planning.machine import FAIL, OK, WARN, Asked, Finding
 
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30

@@ -11,14 +11,14 @@ import pytest
 from conftest import ROOT
 from strikes import ACTIONS, Fault, found, struck_by
 
-from mlkd_dist import commit
+from mlkd_dist.saving import commit
 
 
 def test_faults_strike_where_and_when_they_are_told_to() -> None:
     told: list[Fault] = []
     faults = [
-        Fault("no memory", "mlkd_dist.commit.step_name", 2, ranks=(1,)),
-        Fault("pass by", "mlkd_dist.commit.step_name", 1, only=7),
+        Fault("no memory", "mlkd_dist.saving.commit.step_name", 2, ranks=(1,)),
+        Fault("pass by", "mlkd_dist.saving.commit.step_name", 1, only=7),
     ]
     with struck_by(faults, 1, told.append):
         assert [commit.step_name(5), told] == ["step-000005", []]

@@ -10,7 +10,7 @@ from test_causal_lm import PAIRS, TEMPLATE, rows_of, task_of
 from test_head import language_model
 from transformers import PreTrainedTokenizerBase
 
-from mlkd_dist.generate import Pick, drawing, end_tokens, generate
+from mlkd_dist.generation.generate import Pick, drawing, end_tokens, generate
 from mlkd_dist.tasks._rouge import rouge_l
 
 CPU = torch.device("cpu")

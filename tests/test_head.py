@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mlkd_dist.engine import World
-from mlkd_dist.head import check_linear_head
+from mlkd_dist.models.head import check_linear_head
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch

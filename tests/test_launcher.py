@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from mlkd_dist import launcher
+from mlkd_dist.processes import launcher
 
 # Starts a process for each part, and waits for them as deepspeed's launcher does: one that fails
 # ends it, but not before those that hear no signal.
@@ -23,7 +23,7 @@ sys.exit(max([rank.wait() for rank in ranks]) != 0)
 """
 PLAYER = """
 import os, signal, sys, time
-from mlkd_dist.signals import SIGNALLED, tell
+from mlkd_dist.processes.signals import SIGNALLED, tell
 tell("pid", os.getpid())
 match sys.argv[1]:
     case "done" | "refused" | "stopped" as how:

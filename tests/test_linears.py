@@ -9,9 +9,9 @@ from transformers import AutoModel
 from transformers.activations import ACT2FN
 
 from mlkd_dist.config import LowRankConfig
-from mlkd_dist.linears import LowRankLinear, matrix_sizes
 from mlkd_dist.low_rank import factorise, plan
-from mlkd_dist.roles import ROLES
+from mlkd_dist.models.linears import LowRankLinear, matrix_sizes
+from mlkd_dist.models.roles import ROLES
 from mlkd_dist.trace import LAYER_READS, Layer, Needs, Trace, capture, layer_modules
 
 GATED = ("ModernBert", "Llama", "Mistral", "Qwen3", "Gemma2")

@@ -15,7 +15,6 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 import mlkd_dist
 from mlkd_dist.config import FromTeacherConfig, LowRankConfig, StudentConfig, UserError
-from mlkd_dist.linears import LowRankEmbedding, LowRankLinear
 from mlkd_dist.low_rank import (
     check_plan,
     energy_ranks,
@@ -26,7 +25,8 @@ from mlkd_dist.low_rank import (
     plan,
     ranks_of,
 )
-from mlkd_dist.model import load_model
+from mlkd_dist.models.linears import LowRankEmbedding, LowRankLinear
+from mlkd_dist.models.model import load_model
 from mlkd_dist.student import make_student
 
 
@@ -254,7 +254,7 @@ def test_a_factorised_teacher_can_be_cut(tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_depth_is_loaded(tmp_path: Path) -> None:
-    from mlkd_dist.model import cut_layers, read_config
+    from mlkd_dist.models.model import cut_layers, read_config
 
     path = student_of(teacher_of("Llama", tmp_path / "t"), tmp_path / "s")
     config = cut_layers(read_config(str(path)), [0, 1])

@@ -9,7 +9,7 @@ from conftest import logged, run_config, start
 from test_parity import check_parity
 
 from mlkd_dist.config import UserError
-from mlkd_dist.nodes import by_node
+from mlkd_dist.models.nodes import by_node
 
 GROUPS = ("world", "node")
 

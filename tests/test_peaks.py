@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from mlkd_dist import config as configs
-from mlkd_dist import footprint
-from mlkd_dist.cluster import Cluster
-from mlkd_dist.estimate import Choice, estimate
-from mlkd_dist.model_sizes import models_of
+from mlkd_dist.planning import footprint
+from mlkd_dist.planning.cluster import Cluster
+from mlkd_dist.planning.estimate import Choice, estimate
+from mlkd_dist.planning.model_sizes import models_of
 from mlkd_kernels.streamed import linear_divergence
 
 LENGTH, VOCABULARY = 128, 8000

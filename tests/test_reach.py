@@ -12,14 +12,14 @@ from test_objective import options
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from mlkd_dist import reach as reaching
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import World
 from mlkd_dist.objective import Objective, Widths
-from mlkd_dist.reach import PATIENT, Reach
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import TAP, capture
+from mlkd_dist.watching import reach as reaching
+from mlkd_dist.watching.reach import PATIENT, Reach
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_a_loss_over_a_vocabulary_is_looked_at_by_itself() -> None:
     hidden = torch.ones(2, 4) * weight[0]
 
     def step(scale: float) -> None:
-        from mlkd_dist.head import HeadRows
+        from mlkd_dist.models.head import HeadRows
 
         total = torch.zeros(())
         for name, factor in (("soft_labels", 1.0), ("hard_labels", scale)):

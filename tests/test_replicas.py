@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlkd_dist.head import Head
-from mlkd_dist.replicas import refuse_different, summary
+from mlkd_dist.models.head import Head
 from mlkd_dist.trace import Layer, Trace
-from mlkd_dist.watch import Desynchronised
+from mlkd_dist.watching.replicas import refuse_different, summary
+from mlkd_dist.watching.watch import Desynchronised
 
 TOLERANCE = 1e-3
 

@@ -11,12 +11,12 @@ import yaml
 from conftest import ROOT, run_config
 
 from mlkd_dist import config as configs
-from mlkd_dist.cluster import Cluster, room
 from mlkd_dist.config import Config
-from mlkd_dist.estimate import Choice, estimate
-from mlkd_dist.model_sizes import models_of
-from mlkd_dist.shortage import advice, is_shortage
-from mlkd_dist.signals import VERDICTS, is_first_with
+from mlkd_dist.planning.cluster import Cluster, room
+from mlkd_dist.planning.estimate import Choice, estimate
+from mlkd_dist.planning.model_sizes import models_of
+from mlkd_dist.planning.shortage import advice, is_shortage
+from mlkd_dist.processes.signals import VERDICTS, is_first_with
 
 
 @pytest.fixture

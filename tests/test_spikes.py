@@ -13,15 +13,15 @@ import yaml
 from conftest import WORDS, logged, run_config, start
 from safetensors.torch import load_file
 
-from mlkd_dist import commit
 from mlkd_dist.checkpoint import Checkpoints, Position
 from mlkd_dist.config import RewindConfig
 from mlkd_dist.data import Sampler
 from mlkd_dist.engine import World
 from mlkd_dist.metrics import Line, drop_logged
-from mlkd_dist.settings import mathematics
-from mlkd_dist.spikes import Spikes, go_back, rows
-from mlkd_dist.watch import Diverged
+from mlkd_dist.rules.settings import mathematics
+from mlkd_dist.saving import commit
+from mlkd_dist.watching.spikes import Spikes, go_back, rows
+from mlkd_dist.watching.watch import Diverged
 
 ROWS, BATCH, STEPS = 80, 4, 14
 WILD = 3000.0

@@ -18,12 +18,13 @@ import pytest
 import yaml
 from conftest import ROOT, run_config
 
-from mlkd_dist import cli, study_runs
+from mlkd_dist import cli
 from mlkd_dist import config as configs
 from mlkd_dist.config import UserError
-from mlkd_dist.study import Plan, plan
-from mlkd_dist.study_folder import alone
-from mlkd_dist.study_results import summary, write_plots, write_results
+from mlkd_dist.studies import runs as study_runs
+from mlkd_dist.studies.folder import alone
+from mlkd_dist.studies.results import summary, write_plots, write_results
+from mlkd_dist.studies.study import Plan, plan
 
 HIDDEN = [{"name": "all", "steps": 5, "losses": {"hidden_mse": {}}}]
 SOFT = [{"name": "all", "steps": 5, "losses": {"soft_labels": {}}}]

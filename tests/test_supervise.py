@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from mlkd_dist import commit, supervise
-from mlkd_dist.supervise import FRUITLESS, Supervisor
+from mlkd_dist.processes import supervise
+from mlkd_dist.processes.supervise import FRUITLESS, Supervisor
+from mlkd_dist.saving import commit
 
 # Takes the first line of its part: how many steps further, and how it ends.
 PLAYER = """

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig
-from mlkd_dist.head import Head
+from mlkd_dist.models.head import Head
 from mlkd_dist.trace import Trace
 
 

@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, start, world_of_one
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mlkd_dist import disk
 from mlkd_dist.config import Config, TeacherConfig, UserError
 from mlkd_dist.engine import check_types
+from mlkd_dist.models import disk
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs

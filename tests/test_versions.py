@@ -7,8 +7,9 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-from mlkd_dist import cli, versions
+from mlkd_dist import cli
 from mlkd_dist.config import UserError
+from mlkd_dist.processes import versions
 
 
 def test_the_floors_are_those_of_the_installation() -> None:

@@ -13,13 +13,13 @@ import torch
 from mlkd_dist.config import RunConfig
 from mlkd_dist.data import Sampler
 from mlkd_dist.engine import World
-from mlkd_dist.watch import Desynchronised, Watch
+from mlkd_dist.watching.watch import Desynchronised, Watch
 
 
 def process(rank: int, folder: Path, results: Any) -> None:
     import torch.distributed as dist
 
-    from mlkd_dist import waiting
+    from mlkd_dist.processes import waiting
 
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
     # As DeepSpeed makes its own, with no time-out given.
@@ -57,7 +57,7 @@ def test_a_frozen_process_is_noticed_within_the_time_out_of_any_group(tmp_path: 
 
 
 def test_other_errors_are_no_lost_contact() -> None:
-    from mlkd_dist.waiting import lost_contact
+    from mlkd_dist.processes.waiting import lost_contact
 
     assert lost_contact(ValueError("timed out")) is None
     assert lost_contact(RuntimeError("CUDA out of memory")) is None

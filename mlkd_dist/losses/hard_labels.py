@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlkd_dist.head import HeadRows
+from mlkd_dist.models.head import HeadRows
 from mlkd_dist.trace import Trace
 from mlkd_kernels import linear_divergence
 from mlkd_kernels.rows import drop_masked

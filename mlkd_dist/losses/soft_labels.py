@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mlkd_dist.head import HeadRows, TopKRows
+from mlkd_dist.models.head import HeadRows, TopKRows
 from mlkd_dist.trace import Trace
 from mlkd_kernels import linear_divergence, top_k_divergence
 from mlkd_kernels.linear_divergence import MIXTURES, divergence

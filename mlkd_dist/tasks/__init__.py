@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlkd_dist.head import TopKRows
+from mlkd_dist.models.head import TopKRows
 
 IGNORE = -100
 # What no tokenizer takes for text: NUL, and halves of surrogate pairs.

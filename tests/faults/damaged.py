@@ -33,10 +33,10 @@ def measure(work: Work) -> list[Figure]:
 
 def damages(words: list[str]) -> int:
     """The program: what the resuming of a run says of each."""
-    from mlkd_dist import verify
-    from mlkd_dist.commit import Rejected
     from mlkd_dist.config import UserError
     from mlkd_dist.engine import start, stop
+    from mlkd_dist.saving import verify
+    from mlkd_dist.saving.commit import Rejected
 
     run, said = Path(words[0]), Path(words[1])
     world, root, draw = start(), run / "checkpoints", Random(0)

@@ -6,7 +6,7 @@ from random import Random
 
 from damage import flipped
 
-from mlkd_dist import commit
+from mlkd_dist.saving import commit
 
 
 def newest(run: Path) -> Path:

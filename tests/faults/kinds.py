@@ -114,7 +114,7 @@ KINDS = [
     Kind("kill -9 twice", at_step("kill", (2, 3, 4), ()), DIED,
          again=at_step("kill", (5, 6, 7), ())),
     Kind("kill -9 while a checkpoint is verified", at_step("kill", (3, 7)), KILLED,
-         again=at("kill", "mlkd_dist.verify.check")),
+         again=at("kill", "mlkd_dist.saving.verify.check")),
     Kind("kill -9 while a checkpoint is loaded", at_step("kill", (3, 7)), KILLED,
          again=at("kill", "mlkd_dist.checkpoint.read_shards")),
     Kind("kill -9 of a process that loads data",

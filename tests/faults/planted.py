@@ -16,8 +16,8 @@ from places import Place
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from faults.work import config
-from mlkd_dist import commit
 from mlkd_dist.config import HEADER
+from mlkd_dist.saving import commit
 
 # Given the place, the name of the case and the marker.
 Plant = Callable[[Place, str, Path], tuple[dict[str, Any], Callable[[], object]]]

@@ -9,8 +9,9 @@ from typing import Any
 import interrupted_runs
 
 from faults import cost, damaged, growth
-from mlkd_dist import commit, distill, stage
+from mlkd_dist import distill, stage
 from mlkd_dist.data import Sampler
+from mlkd_dist.saving import commit
 
 # What a run would else import by and by, in most of its time.
 for late in (

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 from strikes import Fault, struck_by
 
-from mlkd_dist.launcher import there
-from mlkd_dist.signals import REQUEUE, VERDICTS
+from mlkd_dist.processes.launcher import there
+from mlkd_dist.processes.signals import REQUEUE, VERDICTS
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["faults.programs"])
@@ -101,7 +101,7 @@ def nurse(order: Order) -> None:
 def play(order: Order, rank: int) -> None:
     """One process of a run, from its environment on."""
     from faults.programs import PROGRAMS
-    from mlkd_dist import watch
+    from mlkd_dist.watching import watch
 
     shared = {"WORLD_SIZE": order.world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order.port}
     shared |= {"RANK": rank, "LOCAL_RANK": rank, VERDICTS: order.told}

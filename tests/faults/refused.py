@@ -13,7 +13,7 @@ from places import Place
 from faults.work import Figure, Work, case
 from mlkd_dist.config import UserError
 from mlkd_dist.data import prepare
-from mlkd_dist.quarantine import Quarantine
+from mlkd_dist.inputs.quarantine import Quarantine
 
 
 def measure(work: Work) -> list[Figure]:

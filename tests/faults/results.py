@@ -14,8 +14,8 @@ import psutil
 from conftest import ROOT
 
 from faults.work import Figure, told
-from mlkd_dist.commit import write_whole
-from mlkd_dist.versions import versions
+from mlkd_dist.processes.versions import versions
+from mlkd_dist.saving.commit import write_whole
 
 
 class Results:

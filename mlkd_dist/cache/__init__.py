@@ -1,0 +1,1 @@
+"""What a teacher said before: written, read, and whether it serves a run."""

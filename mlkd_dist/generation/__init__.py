@@ -1,0 +1,1 @@
+"""What models say after a prompt: for the report, and for steps that learn from it."""

@@ -1,0 +1,1 @@
+"""Rows of data: where they are from, and which of them are good."""

@@ -1,0 +1,1 @@
+"""The processes of a run: started, asked to stop, waited for, of one version."""

@@ -1,0 +1,1 @@
+"""What a config may say, and what goes together. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Methods x seeds x budgets, from one command."""
