@@ -56,7 +56,7 @@ def commit(results: Path) -> str:
 
     try:
         name = git("rev-parse", "--short=12", "HEAD").decode().strip()
-        # The table in README.md and these results are written after they are measured.
+        # The table in tests/faults/README.md and these results are written after they are measured.
         own = [":!tests/faults/results.json", ":!*.md"]
         changes = git("diff", "HEAD", "--", ".", *own)
     except (OSError, subprocess.CalledProcessError):
