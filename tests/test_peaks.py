@@ -48,8 +48,8 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "decoder_2_3": ("causal_lm", 2, 3, {}),
     "decoder_3_3": ("causal_lm", 3, 3, {}),
 }
-# What a process holds of models that are sharded whole falls with the number of processes.
-SHARDED = ["encoder_3_3_checkpointing", "decoder_3_3"]
+# Of all that is sharded here a process holds less where there are more of them.
+SHARDED = "decoder_3_3"
 
 
 @pytest.fixture(scope="module")
@@ -111,21 +111,25 @@ def measured(paths: list[str], logs: Path, processes: int) -> dict[str, float]:
 def test_a_peak_is_what_was_planned(
     cases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 15 %, of two processes; and of one and four where both models are sharded."""
+    """Within 15 %, of two processes; and of one and four where both models are sharded: it falls by
+    their states."""
     # glibc then gives back at once what is freed.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     # As the kernel does it on a CPU.
     monkeypatch.setattr(footprint, "HEAD_BYTES", 0)
     monkeypatch.setattr(footprint, "MIN_TOKENS", linear_divergence.CPU_TOKENS)
-    grew, off = {}, {}
+    off, held, states = {}, [], []
     for processes in (1, 2, 4):
-        some = {name: cases[name] for name in (cases if processes == 2 else SHARDED)}
-        found = measured([*some.values()], tmp_path / f"{processes}", processes)
+        some = cases if processes == 2 else {SHARDED: cases[SHARDED]}
+        grew = measured([*some.values()], tmp_path / f"{processes}", processes)
         for name, path in some.items():
-            grew[name, processes] = found[name]
-            off[name, processes] = found[name] / predicted(path, processes).total - 1
+            plan = predicted(path, processes)
+            off[name, processes] = grew[name] / plan.total - 1
+            if name == SHARDED:
+                parts = plan.teacher_weights, plan.student_weights, plan.gradients, plan.optimizer
+                held.append(grew[name])
+                states.append(sum(parts))
     print("above the plan:", {key: f"{part:.1%}" for key, part in off.items()})
-    print("MiB:", {key: round(size / 2**20) for key, size in grew.items()})
     assert all(abs(part) <= 0.15 for part in off.values()), off
-    for name in SHARDED:
-        assert grew[name, 1] > 1.4 * grew[name, 2] > 1.4 * 1.2 * grew[name, 4], grew
+    assert held[0] > held[1] > held[2]
+    assert held[0] - held[2] >= 0.7 * (states[0] - states[2]), (held, states)
