@@ -195,7 +195,7 @@ def test_minutes_and_steps_decide_when_to_save(monkeypatch: pytest.MonkeyPatch) 
 def test_a_second_signal_ends_a_process_and_an_echo_does_not() -> None:
     program = (
         "import signal, sys, time\n"
-        "from mlkd_dist import signals\n"
+        "from mlkd_dist.processes import signals\n"
         "signals.SAME_SIGNAL = 0.5\n"
         "signals.SIGNALLED.install()\n"
         "with signals.SIGNALLED.deferred():\n"

@@ -418,10 +418,8 @@ def test_a_mistake_that_a_run_finds_ends_the_study(
 def test_a_stop_reaches_the_runs_and_is_gone_on_from(written: Any, program: Any) -> None:
     slow = "if folder.name == 'seed-1':\n    print('up', flush=True); time.sleep(60)"
     path, made = str(written()), program(slow)
-    code = (
-        f"import sys; from mlkd_dist import study_runs; study_runs.PROGRAM = {study_runs.PROGRAM}"
-    )
-    code += "; sys.exit(study_runs.main(sys.argv[1], ['jobs=2']))"
+    code = f"import sys; from mlkd_dist.studies import runs; runs.PROGRAM = {study_runs.PROGRAM}"
+    code += "; sys.exit(runs.main(sys.argv[1], ['jobs=2']))"
     outer = subprocess.Popen([sys.executable, "-c", code, path])
     logs = [run.folder.with_name("seed-1.log") for run in plan(path).runs if run.seed == 1]
     until = time.monotonic() + 60
