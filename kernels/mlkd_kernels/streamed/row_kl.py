@@ -95,14 +95,14 @@ class _RowKL(torch.autograd.Function):
         slopes: list[Tensor] | None = [] if keeps else None
         rows = _values(*sides, limits, ops, wide, slopes)
         ctx.save_for_backward(*vectors, *(slopes or []))
-        ctx.scales, ctx.limits, ctx.ops, ctx.keeps = scales, limits, ops, keeps
+        ctx.scales, ctx.limits, ctx.ops = scales, limits, ops
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sides = _sides(ctx.saved_tensors[:4], ctx.scales)
-        slopes = iter(ctx.saved_tensors[4:]) if ctx.keeps else None
+        vectors, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        sides, slopes = _sides(vectors, ctx.scales), iter(kept) if kept else None
         needed = ctx.needs_input_grad
         grads = _gradients(*sides, ctx.limits, ctx.ops, grad, needed, slopes=slopes)
         dtype = sides[0].query.dtype
