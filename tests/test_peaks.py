@@ -34,7 +34,6 @@ SIZES = dict(
 )
 # Task, student's and teacher's ZeRO stage, and what else differs from fp32 and sdpa.
 CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "encoder_0_0": ("classification", 0, 0, {}),
     "encoder_2_3": ("classification", 2, 3, {}),
     "encoder_3_3_checkpointing": (
         "classification",
@@ -44,7 +43,6 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     ),
     "encoder_0_3_eager": ("classification", 0, 3, {"attention": "eager"}),
     "encoder_words_1_0": ("masked_lm", 1, 0, {}),
-    "decoder_0_0": ("causal_lm", 0, 0, {}),
     "decoder_2_3": ("causal_lm", 2, 3, {}),
     "decoder_3_3": ("causal_lm", 3, 3, {}),
 }

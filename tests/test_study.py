@@ -23,7 +23,8 @@ from mlkd_dist import config as configs
 from mlkd_dist.config import UserError
 from mlkd_dist.studies import runs as study_runs
 from mlkd_dist.studies.folder import alone
-from mlkd_dist.studies.results import summary, write_plots, write_results
+from mlkd_dist.studies.plot import write_plots
+from mlkd_dist.studies.results import summary, write_results
 from mlkd_dist.studies.study import Plan, plan
 
 HIDDEN = [{"name": "all", "steps": 5, "losses": {"hidden_mse": {}}}]

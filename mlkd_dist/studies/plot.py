@@ -1,17 +1,31 @@
 """The only file that knows matplotlib."""
 
+import importlib.util
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from mlkd_dist.studies.results import Row
+from mlkd_dist.studies.results import Row, results, summary
 from mlkd_dist.studies.study import Plan
+
+
+def write_plots(asked: Plan) -> list[str]:
+    """One plot per measure; what to tell of them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return ["no plots: matplotlib is not installed (pip install 'mlkd_dist[plots]')"]
+    rows = summary(results(asked), asked.study.baseline)
+    measures = dict.fromkeys(row.measure for row in rows if row.measure != "parameters")
+    paths = []
+    for measure in measures:
+        paths.append(asked.folder / f"{measure.replace(' ', '_')}.png")
+        plot(measure, [row for row in rows if row.measure == measure], asked, paths[-1])
+    return [f"plots: {', '.join(map(str, paths))}"] if paths else []
 
 
 def plot(measure: str, rows: list[Row], asked: Plan, path: Path) -> None:
     """Mean and standard deviation of each method: over budgets where there are several, else one
     method beside the other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

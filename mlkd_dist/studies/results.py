@@ -1,7 +1,6 @@
-"""What came of a study: every run's figures, their means and spreads, and tables and plots."""
+"""What came of a study: every run's figures, their means and spreads, and tables."""
 
 import csv
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -190,18 +189,3 @@ def notes(asked: Plan, found: list[dict[str, Any]]) -> Iterator[str]:
 def flow(changes: dict[str, Any]) -> str:
     """As words of the command line."""
     return " ".join(f"{key}={json.dumps(value).replace(' ', '')}" for key, value in changes.items())
-
-
-def write_plots(asked: Plan) -> list[str]:
-    """One plot per measure; what to tell of them."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return ["no plots: matplotlib is not installed (pip install 'mlkd_dist[plots]')"]
-    from mlkd_dist.studies.plot import plot
-
-    rows = summary(results(asked), asked.study.baseline)
-    measures = dict.fromkeys(row.measure for row in rows if row.measure != "parameters")
-    paths = []
-    for measure in measures:
-        paths.append(asked.folder / f"{measure.replace(' ', '_')}.png")
-        plot(measure, [row for row in rows if row.measure == measure], asked, paths[-1])
-    return [f"plots: {', '.join(map(str, paths))}"] if paths else []

@@ -19,7 +19,8 @@ from mlkd_dist.finetune import finetune_config
 from mlkd_dist.finetune import finished as teacher_finished
 from mlkd_dist.processes.signals import REQUEUE, SIGNALS
 from mlkd_dist.studies.folder import alone, check_folder, finished, save
-from mlkd_dist.studies.results import write_plots, write_results
+from mlkd_dist.studies.plot import write_plots
+from mlkd_dist.studies.results import write_results
 from mlkd_dist.studies.study import Plan, Planned, plan
 
 PROGRAM = [sys.executable, "-m", "mlkd_dist.cli"]
