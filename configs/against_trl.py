@@ -39,7 +39,7 @@ EPSILON = 1e-6
 def prepare(folder: Path, given: argparse.Namespace) -> None:
     """An untrained teacher of 4 layers, a student of 2 that is half as wide, and chats in the order
     in which `mlkd distill` will take them."""
-    from mlkd_dist.data import Sampler
+    from mlkd_dist.inputs.batches import Sampler
 
     words = tokenizer()
     words.pad_token, words.chat_template = END, TEMPLATE

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from mlkd_dist import __version__, tasks
 from mlkd_dist.config import Config, StageConfig, UserError
-from mlkd_dist.data import Sampler, batches, cache_folder
+from mlkd_dist.data import cache_folder
 from mlkd_dist.engine import Engine, World, barrier, gather_objects, student_engine
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
+from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.metrics import Clock, peak_gib
 from mlkd_dist.models.model import load_model, read_config
 from mlkd_dist.objective import Objective, Peers, Term, weighted_sum

@@ -5,23 +5,17 @@ Whatever is wrong with it is a UserError, one message that says what was given, 
 what to do.
 """
 
-import difflib
 import importlib.util
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mlkd_dist.rules.allowed import UserError, check_given
 from mlkd_dist.saving.commit import write_whole
-
-
-class UserError(ValueError):
-    """A mistake of the person who runs the program, told in one message; the program exits with
-    code 2."""
 
 
 @dataclass
@@ -393,12 +387,6 @@ class Config:
     """Let model folders run their own Python code."""
 
 
-def nearest(word: str, allowed: list[str]) -> str:
-    """` (did you mean 'x'?)` where something in `allowed` is like `word`, else nothing."""
-    close = difflib.get_close_matches(str(word), allowed, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def resolve_path(path: str) -> str:
     """`package:NAME/sub/path` as a path inside the installed package, and ~ as the home folder."""
     if not path.startswith("package:"):
@@ -468,7 +456,7 @@ def from_mapping(given: Any) -> Config:
     """A checked Config of a mapping of keys."""
     try:
         given = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
-        check_given(given, Config, "")
+        check_given(given, Config)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -482,73 +470,6 @@ def check(config: Config) -> None:
     from mlkd_dist.rules.validate import validate
 
     validate(config)
-
-
-# Types of settings, in words.
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def check_given(given: Any, kind: Any, path: str) -> None:
-    """UserError that names the full path of the first key that does not exist or is of another
-    type. OmegaConf checks too, but inside lists it names only the last part of a key."""
-    if kind is Any:
-        return
-    if isinstance(kind, UnionType):
-        if given is not None:
-            check_given(given, get_args(kind)[0], path)
-    elif is_dataclass(kind):
-        check_keys(given, kind, path)
-    elif get_origin(kind) is list:
-        if not isinstance(given, list):
-            raise UserError(f"{path}: {shown(given)} is not allowed; give a list, as in [...].")
-        for index, value in enumerate(given):
-            check_given(value, get_args(kind)[0], f"{path}[{index}]")
-    elif get_origin(kind) is dict:
-        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-            raise UserError(f"{path}: {shown(given)} is not allowed; give names with their values.")
-    elif not fits(given, kind):
-        hint = " in quotes" if kind is str and given is not None else ""
-        raise UserError(f"{path}: {shown(given)} is not allowed; give {KINDS[kind]}{hint}.")
-
-
-def shown(given: Any) -> str:
-    text = repr(given)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def fits(given: Any, kind: type) -> bool:
-    if kind is bool or isinstance(given, bool):
-        return type(given) is kind
-    return isinstance(given, {int: int, float: int | float, str: str | int | float}[kind])
-
-
-def check_keys(given: Any, kind: Any, path: str) -> None:
-    kinds = get_type_hints(kind)
-    allowed = ", ".join(kinds)
-    if not isinstance(given, dict):
-        raise UserError(
-            f"{path or 'config'}: {shown(given)} is not allowed; give keys and values of: "
-            f"{allowed}."
-        )
-    before = f"{path}." if path else ""
-    for key, value in given.items():
-        if key not in kinds:
-            meant = near_key(str(key), before, list(kinds))
-            raise UserError(f"{before}{key}: no such key{meant}; allowed here: {allowed}.")
-        check_given(value, kinds[key], f"{before}{key}")
-
-
-def near_key(word: str, before: str, here: list[str]) -> str:
-    """` (did you mean 'path.x'?)` of the keys elsewhere that are called so, else of one here that
-    is like it."""
-    elsewhere = [
-        f"{block.name}.{word}"
-        for block in fields(Config)
-        if is_dataclass(block.default_factory) and word in get_type_hints(block.default_factory)
-    ]
-    close = [f"{before}{key}" for key in difflib.get_close_matches(word, here, n=1)]
-    meant = " or ".join(map(repr, elsewhere or close))
-    return f" (did you mean {meant}?)" if meant else ""
 
 
 def explain(error: Exception) -> str:

@@ -27,9 +27,10 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_log_level_from_string
 from transformers.integrations import HfDeepSpeedConfig
 
-from mlkd_dist.config import Config, UserError, nearest
+from mlkd_dist.config import Config, UserError
 from mlkd_dist.models.disk import Weights
 from mlkd_dist.processes.waiting import PATIENCE
+from mlkd_dist.rules.allowed import nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Engine = deepspeed.DeepSpeedEngine

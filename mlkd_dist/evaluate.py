@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mlkd_dist.config import TeacherConfig
-from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import DTYPES, all_reduce, barrier, gather_objects
 from mlkd_dist.generation.answers import Answers
+from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.losses import attention_kl
 from mlkd_dist.low_rank import HOW_TO_LOAD, ranks_of

@@ -10,9 +10,10 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.data import Sampler, prepare
+from mlkd_dist.data import prepare
 from mlkd_dist.engine import World, check_deepspeed, check_types
 from mlkd_dist.finetune import with_finetuned_teacher
+from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import check_plan

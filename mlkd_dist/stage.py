@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mlkd_dist.cache.stored import StoredTeacher, state_names
 from mlkd_dist.checkpoint import (
     PROJECTIONS,
@@ -18,16 +15,14 @@ from mlkd_dist.checkpoint import (
     load_projections,
 )
 from mlkd_dist.config import StageConfig
-from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import (
     Engine,
-    World,
-    backward,
     gather_objects,
     student_config,
     student_engine,
 )
 from mlkd_dist.generation.on_policy import Policy, speaks, stage_policy
+from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.metrics import Metrics, drop_logged
 from mlkd_dist.models.model import read_config
 from mlkd_dist.objective import Objective, Widths
@@ -36,10 +31,11 @@ from mlkd_dist.processes.waiting import PATIENCE, wait_at_most
 from mlkd_dist.run import Run, class_count, on_first
 from mlkd_dist.saving import commit
 from mlkd_dist.schedule import learning_rate, opening, total_steps
+from mlkd_dist.step import train_step
 from mlkd_dist.student import Student, load_student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
-from mlkd_dist.trace import Needs, Trace
+from mlkd_dist.trace import Needs
 from mlkd_dist.watching.replicas import check_replicas
 from mlkd_dist.watching.spikes import Spikes, go_back, rows
 from mlkd_dist.watching.validation import Validation
@@ -324,78 +320,6 @@ def settle(checkpoints: Checkpoints) -> None:
 
 def not_saved(error: NotSaved) -> None:
     say(f"warning: {error}; the run goes on.")
-
-
-def train_step(
-    teacher: Teacher | None,
-    student: Engine,
-    objective: Objective,
-    micro_batches: list[Batch],
-    metrics: Metrics,
-    step: int,
-    seed: tuple[int, int],
-    watch: Watch,
-) -> None:
-    rows = objective.global_rows(micro_batches, watch)
-    traces = look_ahead(teacher, objective, micro_batches, metrics)
-    vectors = sample_vectors(student, objective, micro_batches, seed)
-    peers = objective.peers(micro_batches, traces, vectors)
-    metrics.open_terms, metrics.open_layers = objective.open_names, objective.open_layers()
-    lr, step_shares = student.get_lr()[0], []
-    for index, batch in enumerate(micro_batches):
-        seen = traces[index] if traces else observe(teacher, batch, metrics)
-        seed_dropout(seed, objective.world, index)
-        loss, shares = student(batch, seen, rows, peers, index)
-        backward(student, loss)
-        # Updates the weights after the last micro-batch only.
-        student.step()
-        metrics.add(shares)
-        step_shares.append(shares)
-    objective.reach.verdict()
-    changed = objective.end_step(step, torch.stack(step_shares).sum(0))
-    metrics.step(student, step, lr, rows["sample"], flush=changed)
-
-
-def observe(teacher: Teacher | None, batch: Batch, metrics: Metrics) -> Trace | None:
-    if teacher is None:
-        return None
-    with metrics.teacher_clock():
-        return teacher(batch)
-
-
-def look_ahead(
-    teacher: Teacher | None, objective: Objective, micro_batches: list[Batch], metrics: Metrics
-) -> list[Trace]:
-    """The teacher's traces of the whole step, where a term compares samples across its
-    micro-batches; else none."""
-    return (
-        [observe(teacher, batch, metrics) for batch in micro_batches]
-        if objective.batch_terms
-        else []
-    )
-
-
-def sample_vectors(
-    student: Engine, objective: Objective, micro_batches: list[Batch], seed: tuple[int, int]
-) -> list[dict[str, Tensor]] | None:
-    """The student's sample vectors of all micro-batches, before the pass that trains: a term over
-    the global batch needs those of micro-batches whose turn is yet to come. With one micro-batch
-    there are none."""
-    if not objective.batch_terms or len(micro_batches) == 1:
-        return None
-    vectors = []
-    with torch.no_grad():
-        for index, batch in enumerate(micro_batches):
-            seed_dropout(seed, objective.world, index)
-            vectors.append(student(batch))
-    return vectors
-
-
-def seed_dropout(seed: tuple[int, int], world: World, index: int) -> None:
-    """Dropout is a function of seed, step, process and micro-batch: both passes over a micro-batch
-    draw the same, and so does a run that continues here."""
-    run_seed, step = seed
-    torch.manual_seed(hash((run_seed, step, world.rank, index)) & (2**63 - 1))
 
 
 def stage_objective(run: Run, stage: StageConfig, student_path: str) -> Objective:

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlkd_dist import data
 from mlkd_dist.config import UserError
-from mlkd_dist.data import Sampler, batches, prepare, split
+from mlkd_dist.data import prepare, split
 from mlkd_dist.inputs import builtin_text
+from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.inputs.columns import LINE, Columns
 from mlkd_dist.inputs.quarantine import Sieve
 from mlkd_dist.inputs.sources import read as read_rows

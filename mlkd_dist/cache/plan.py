@@ -9,8 +9,8 @@ import torch
 
 from mlkd_dist.cache.stored import AGAIN, BEGUN, Stored, row_keys, state_names
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.data import Sampler, batches
 from mlkd_dist.engine import World
+from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.models.model import read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.rules.settings import differences, flat

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlkd_dist.config import UserError, nearest
+from mlkd_dist.rules.allowed import UserError, nearest
 from mlkd_dist.tasks import BROKEN, BadRow
 
 # The column that says where in its source a row stands, from 1.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mlkd_dist.config import UserError, nearest
 from mlkd_dist.planning.footprint import GIB
+from mlkd_dist.rules.allowed import UserError, nearest
 
 
 @dataclass

@@ -16,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist.config import UserError, load, nearest
+from mlkd_dist.config import UserError, load
 from mlkd_dist.planning.machine import FAIL, MACHINE, OK, WARN, Asked, Finding
 from mlkd_dist.processes.versions import refuse_different, versions
+from mlkd_dist.rules.allowed import nearest
 
 # Seconds that the processes wait for one another here.
 PATIENCE = 60.0

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist.config import TermConfig, UserError, nearest
+from mlkd_dist.config import TermConfig, UserError
 from mlkd_dist.layer_map import is_pairs
-from mlkd_dist.rules.allowed import above, at_least, one_of, share
+from mlkd_dist.rules.allowed import above, at_least, nearest, one_of, share
 
 LOSSES = Path(__file__).parent.parent / "losses"
 

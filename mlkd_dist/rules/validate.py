@@ -13,10 +13,9 @@ from mlkd_dist.config import (
     RunConfig,
     StageConfig,
     UserError,
-    nearest,
 )
 from mlkd_dist.models.roles import ROLES
-from mlkd_dist.rules.allowed import above, at_least, one_of, share
+from mlkd_dist.rules.allowed import above, at_least, nearest, one_of, share
 from mlkd_dist.rules.openings import check_open
 from mlkd_dist.rules.prompts import check_generate, check_on_policy
 from mlkd_dist.rules.schema import LOSSES, check_layers, loss_options, loss_schema, names

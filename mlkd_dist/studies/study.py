@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mlkd_dist import config as configs
-from mlkd_dist.config import Config, StageConfig, UserError, nearest
+from mlkd_dist.config import Config, StageConfig, UserError
 from mlkd_dist.finetune import folder as teacher_folder
 from mlkd_dist.finetune import with_finetuned_teacher
+from mlkd_dist.rules.allowed import check_given, nearest
 from mlkd_dist.rules.settings import flat
 
 
@@ -128,7 +129,7 @@ def read_study(given: DictConfig) -> Study:
         found = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(configs.explain(error)) from error
-    configs.check_given(found, Study, "")
+    check_given(found, Study)
     for key in ("base", "methods"):
         if not found.get(key):
             raise UserError(f"{key}: this key must be given in the file of a study.")
@@ -137,7 +138,7 @@ def read_study(given: DictConfig) -> Study:
     study.dir = os.path.expanduser(study.dir)
     for key in ("methods", "budgets"):
         check_names(key, getattr(study, key))
-    configs.check_given(study.seeds, list[int], "seeds")
+    check_given(study.seeds, list[int], "seeds")
     if not study.seeds or min(study.seeds) < 0 or len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"seeds: {study.seeds} is not allowed; give different numbers from 0 up.")
     if study.baseline not in study.methods:

@@ -10,7 +10,7 @@ import interrupted_runs
 
 from faults import cost, damaged, growth
 from mlkd_dist import distill, stage
-from mlkd_dist.data import Sampler
+from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.saving import commit
 
 # What a run would else import by and by, in most of its time.
