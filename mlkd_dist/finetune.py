@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from mlkd_dist import config as configs
 from mlkd_dist.config import (
@@ -13,7 +12,7 @@ from mlkd_dist.config import (
     TeacherConfig,
     UserError,
 )
-from mlkd_dist.rules.settings import differences, global_batch, mathematics, paths, read_back
+from mlkd_dist.rules.settings import decisive, differences, read_back
 
 
 def finetune_config(config: Config) -> Config:
@@ -75,12 +74,3 @@ def finished(own: Config) -> bool:
             f"another."
         )
     return True
-
-
-def decisive(own: Config) -> dict[str, Any]:
-    """Every setting that the exported model depends on."""
-    found = mathematics(own) | paths(own) | global_batch(own, own.launch.processes)
-    found["run.export"] = own.run.export
-    if own.run.export == "best":
-        found["run.evaluate_every"] = own.run.evaluate_every
-    return found

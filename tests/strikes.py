@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from mlkd_dist import stage
+from mlkd_dist import step
 from mlkd_dist.watching import watch
 
 STEP, POINT = "mlkd_dist.stage.train_step", "mlkd_dist.saving.commit.reached"
@@ -90,12 +90,12 @@ def late(call: Callable, args: tuple) -> Any:
 
 
 def not_finite(call: Callable, args: tuple) -> Any:
-    backward = stage.backward
-    stage.backward = lambda student, loss: backward(student, loss * math.nan)
+    backward = step.backward
+    step.backward = lambda student, loss: backward(student, loss * math.nan)
     try:
         return call(*args)
     finally:
-        stage.backward = backward
+        step.backward = backward
 
 
 def apart(call: Callable, args: tuple) -> Any:

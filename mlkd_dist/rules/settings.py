@@ -1,4 +1,5 @@
-"""Which settings a run may change while it goes on: those that leave its mathematics alone."""
+"""Which settings decide a result, and which a run may change while it goes on: those that leave its
+mathematics alone."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,15 @@ def mathematics(config: Config) -> dict[str, Any]:
 
 def global_batch(config: Config, processes: int) -> dict[str, int]:
     return {BATCH: processes * config.batch.micro_batch * config.batch.grad_accum}
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """Every setting that a run's export depends on."""
+    found = mathematics(config) | paths(config) | global_batch(config, config.launch.processes)
+    found["run.export"] = config.run.export
+    if config.run.export == "best":
+        found["run.evaluate_every"] = config.run.evaluate_every
+    return found
 
 
 def below(key: str, name: str) -> bool:

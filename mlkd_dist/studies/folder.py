@@ -12,7 +12,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.rules.settings import differences, flat, read_back
+from mlkd_dist.rules.settings import decisive, differences, flat, read_back
 from mlkd_dist.studies.study import HEADER, Plan, Planned
 
 
@@ -78,13 +78,9 @@ def other_settings(run: Planned) -> list[str]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """All that its result depends on."""
-    free = ("log_every", "data.workers", "data.cache", "data.max_bad")
-    return {
-        key: value
-        for key, value in flat(asdict(config)).items()
-        if key not in free and (key == "run.seed" or not key.startswith("run."))
-    }
+    """All that its report depends on."""
+    answers = flat({"task.generate": asdict(config)["task"]["generate"]})
+    return decisive(config) | answers | {"run.compare_maps": config.run.compare_maps}
 
 
 def save(asked: Plan) -> None:

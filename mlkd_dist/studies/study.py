@@ -14,7 +14,7 @@ from mlkd_dist import config as configs
 from mlkd_dist.config import Config, StageConfig, UserError
 from mlkd_dist.finetune import folder as teacher_folder
 from mlkd_dist.finetune import with_finetuned_teacher
-from mlkd_dist.rules.allowed import check_given, nearest
+from mlkd_dist.rules.allowed import check_given, nearest, shown
 from mlkd_dist.rules.settings import flat
 
 
@@ -164,7 +164,7 @@ def check_names(key: str, given: dict[str, Any]) -> None:
             )
         if not (changes is None or isinstance(changes, dict)):
             raise UserError(
-                f"{key}.{name}: {configs.shown(changes)} is not allowed; give keys of a config "
+                f"{key}.{name}: {shown(changes)} is not allowed; give keys of a config "
                 f"with their values, as in {{stages[0].steps: 5}}."
             )
     lower = [name.lower() for name in given]
