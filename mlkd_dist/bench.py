@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from mlkd_dist import __version__, tasks
 from mlkd_dist.config import Config, StageConfig, UserError
 from mlkd_dist.data import cache_folder
-from mlkd_dist.engine import Engine, World, barrier, gather_objects, student_engine
+from mlkd_dist.engine import Engine, student_engine
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.metrics import Clock, peak_gib
 from mlkd_dist.models.model import load_model, read_config
 from mlkd_dist.objective import Objective, Peers, Term, weighted_sum
 from mlkd_dist.preflight import check_start, prepared
+from mlkd_dist.processes.world import World, barrier, gather_objects
 from mlkd_dist.rules.schema import loss_options, loss_schema
 from mlkd_dist.run import Run, class_count, on_first, source, starting_student, user_errors
 from mlkd_dist.schedule import learning_rate, total_steps

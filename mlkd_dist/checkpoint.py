@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import Engine, World, broadcast_object, gather_objects, whole_weights
+from mlkd_dist.engine import Engine, whole_weights
 from mlkd_dist.low_rank import save
 from mlkd_dist.processes.signals import say
+from mlkd_dist.processes.world import World, broadcast_object, gather_objects
 from mlkd_dist.run import on_first
 from mlkd_dist.saving import commit, verify
 from mlkd_dist.saving.commit import Rejected

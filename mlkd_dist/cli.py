@@ -156,7 +156,7 @@ def launch(processes: int, words: list[str]) -> int:
     """The program under the deepspeed launcher, on this machine."""
     import torch
 
-    from mlkd_dist.engine import free_port
+    from mlkd_dist.processes.network import free_port
 
     environment = dict(os.environ)
     if torch.cuda.is_available():

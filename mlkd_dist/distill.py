@@ -17,7 +17,7 @@ from mlkd_dist.cache.plan import check_cache, require
 from mlkd_dist.cache.write import write_cache
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.engine import World, gather_objects, start, stop
+from mlkd_dist.engine import start, stop
 from mlkd_dist.evaluate import Evaluator, report
 from mlkd_dist.finetune import finetune_config, finished, with_finetuned_teacher
 from mlkd_dist.models.model import quiet
@@ -27,6 +27,7 @@ from mlkd_dist.preflight import check_machine, check_start, prepared
 from mlkd_dist.processes.signals import REQUEUE, SIGNALLED, leave, say, tell
 from mlkd_dist.processes.versions import check_versions, refuse_different, versions
 from mlkd_dist.processes.waiting import lost_contact
+from mlkd_dist.processes.world import World, gather_objects
 from mlkd_dist.run import (
     FINISHED,
     Run,

@@ -1,18 +1,14 @@
-"""The only file that knows DeepSpeed: processes, sharded loading, the engines, whole weights, small
-collectives."""
+"""The only file that knows DeepSpeed: its start, sharded loading, the engines, whole weights."""
 
 import ctypes
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -29,23 +25,13 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.models.disk import Weights
+from mlkd_dist.processes.network import free_port, name_interface
 from mlkd_dist.processes.waiting import PATIENCE
+from mlkd_dist.processes.world import World
 from mlkd_dist.rules.allowed import nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Engine = deepspeed.DeepSpeedEngine
-
-
-@dataclass(frozen=True)
-class World:
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 def start(patience: float = PATIENCE) -> World:
@@ -105,75 +91,10 @@ def freed_memory_given_back() -> Iterator[None]:
             keep_freed_memory()
 
 
-def name_interface() -> None:
-    """Tell gloo which network card leads to the first process. By itself it takes that of this
-    machine's own name, which is often 127.0.1.1 and then reaches no other machine."""
-    if os.environ["LOCAL_SIZE"] == os.environ["WORLD_SIZE"]:
-        return
-    first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        family, kind, *_, address = socket.getaddrinfo(*first, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            # Of a datagram socket this sends nothing.
-            probe.connect(address)
-            own = probe.getsockname()[0]
-    except OSError:
-        # Joining them then says more about it.
-        return
-    cards = {
-        name: [a.address for a in found if a.family == family]
-        for name, found in psutil.net_if_addrs().items()
-    }
-    outward = [
-        n for n, found in cards.items() if found and not found[0].startswith(("127.", "::1"))
-    ]
-    leading = [name for name in outward if own in cards[name]]
-    # Of the first machine's own name nothing is learned, where it is one of 127.0.0.0/8.
-    if len(leading or outward) == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", (leading or outward)[0])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def stop() -> None:
     # By DeepSpeed, which else would go on with groups of this world in the next.
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over all processes, in place."""
-    dist.all_reduce(tensor)
-    return tensor
-
-
-def all_gather(tensor: Tensor) -> Tensor:  # [...] -> [world, ...]
-    """Of equal shapes; carries no gradient."""
-    gathered = tensor.new_empty(dist.get_world_size(), *tensor.shape)
-    dist.all_gather(list(gathered.unbind()), tensor.contiguous())
-    return gathered
-
-
-def broadcast_object(value: Any) -> Any:
-    """What the first process has."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """What every process has, in order of rank."""
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, value)
-    return boxes
-
-
-def barrier() -> None:
-    dist.barrier()
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mlkd_dist.config import TeacherConfig
-from mlkd_dist.engine import DTYPES, all_reduce, barrier, gather_objects
+from mlkd_dist.engine import DTYPES
 from mlkd_dist.generation.answers import Answers
 from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.losses import attention_kl
 from mlkd_dist.low_rank import HOW_TO_LOAD, ranks_of
 from mlkd_dist.models.model import parameter_count, read_config
+from mlkd_dist.processes.world import all_reduce, barrier, gather_objects
 from mlkd_dist.rules.shapes import shape
 from mlkd_dist.run import Run
 from mlkd_dist.saving.commit import names, told, write_whole

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mlkd_dist.engine import Engine, World, all_reduce
+from mlkd_dist.engine import Engine
+from mlkd_dist.processes.world import World, all_reduce
 from mlkd_dist.saving.commit import write_whole
 
 

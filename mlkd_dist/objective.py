@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlkd_dist.engine import World, all_gather, all_reduce
 from mlkd_dist.layer_map import Pairs, layer_pairs
 from mlkd_dist.losses import load
 from mlkd_dist.models.head import HeadRows
+from mlkd_dist.processes.world import World, all_gather, all_reduce
 from mlkd_dist.rules.schema import LossSchema, loss_schema
 from mlkd_dist.schedule import Opening
 from mlkd_dist.tasks import Batch

@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.data import prepare
-from mlkd_dist.engine import World, check_deepspeed, check_types
+from mlkd_dist.engine import check_deepspeed, check_types
 from mlkd_dist.finetune import with_finetuned_teacher
 from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.inputs.quarantine import Quarantine
@@ -22,6 +22,7 @@ from mlkd_dist.models.linears import matrix_sizes
 from mlkd_dist.models.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.models.nodes import shard_group
 from mlkd_dist.models.roles import FAMILIES
+from mlkd_dist.processes.world import World
 from mlkd_dist.rules.prompts import check_answers_fit
 from mlkd_dist.rules.schema import loss_schema
 from mlkd_dist.rules.shapes import Shape, check_shapes, refuse_type, shape

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from mlkd_dist import config as configs
 from mlkd_dist import tasks
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.engine import World, broadcast_object
 from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.models.model import lacks_head, read_config
+from mlkd_dist.processes.world import World, broadcast_object
 from mlkd_dist.rules.settings import differences, mathematics, paths, read_back
 from mlkd_dist.saving import commit
 from mlkd_dist.student import make_student

@@ -15,12 +15,7 @@ from mlkd_dist.checkpoint import (
     load_projections,
 )
 from mlkd_dist.config import StageConfig
-from mlkd_dist.engine import (
-    Engine,
-    gather_objects,
-    student_config,
-    student_engine,
-)
+from mlkd_dist.engine import Engine, student_config, student_engine
 from mlkd_dist.generation.on_policy import Policy, speaks, stage_policy
 from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.metrics import Metrics, drop_logged
@@ -28,6 +23,7 @@ from mlkd_dist.models.model import read_config
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.processes.signals import say
 from mlkd_dist.processes.waiting import PATIENCE, wait_at_most
+from mlkd_dist.processes.world import gather_objects
 from mlkd_dist.run import Run, class_count, on_first
 from mlkd_dist.saving import commit
 from mlkd_dist.schedule import learning_rate, opening, total_steps

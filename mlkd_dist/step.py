@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from mlkd_dist.engine import Engine, World, backward
+from mlkd_dist.engine import Engine, backward
 from mlkd_dist.metrics import Metrics
 from mlkd_dist.objective import Objective
+from mlkd_dist.processes.world import World
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Trace

@@ -227,7 +227,7 @@ def start(
 ) -> None:
     """A program of this folder in `world` processes, which may believe to be on several nodes; the
     output is shown where one fails, or takes more seconds than the limit."""
-    from mlkd_dist.engine import free_port
+    from mlkd_dist.processes.network import free_port
 
     shared = {
         "WORLD_SIZE": str(world),

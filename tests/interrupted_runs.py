@@ -17,8 +17,9 @@ from mlkd_dist import config as configs
 from mlkd_dist import distill
 from mlkd_dist.checkpoint import NotSaved
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import World, start, stop
+from mlkd_dist.engine import start, stop
 from mlkd_dist.models.model import quiet
+from mlkd_dist.processes.world import World
 from mlkd_dist.watching.watch import Diverged, Stopped
 
 

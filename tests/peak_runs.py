@@ -8,9 +8,9 @@ from pathlib import Path
 from mlkd_dist import bench, engine
 from mlkd_dist import config as configs
 from mlkd_dist.bench import STEP, own_folder, peak_of
-from mlkd_dist.engine import World, gather_objects
 from mlkd_dist.models.model import quiet
 from mlkd_dist.preflight import prepared
+from mlkd_dist.processes.world import World, gather_objects
 from mlkd_dist.run import on_first, source, starting_student, user_errors
 
 

@@ -14,8 +14,8 @@ from conftest import run_config, start, world_of_one
 from mlkd_dist import bench, objective
 from mlkd_dist import config as configs
 from mlkd_dist.bench import peak_of, table, whole
-from mlkd_dist.engine import World
 from mlkd_dist.inputs.quarantine import Quarantine
+from mlkd_dist.processes.world import World
 from mlkd_dist.tasks import BadRow, Batch
 from mlkd_dist.trace import Needs, Trace
 

@@ -23,11 +23,11 @@ from mlkd_dist.cache.stored import (
     state_needs,
 )
 from mlkd_dist.config import UserError, from_mapping
-from mlkd_dist.engine import World
 from mlkd_dist.inputs.batches import batches
 from mlkd_dist.models.head import top_k_rows
 from mlkd_dist.models.model import read_config
 from mlkd_dist.preflight import prepared
+from mlkd_dist.processes.world import World
 from mlkd_dist.run import Run, source
 from mlkd_dist.saving import commit
 from mlkd_dist.teacher import Teacher

@@ -10,7 +10,7 @@ from conftest import BERT, logged, start, stored_config, world_of_one
 
 from mlkd_dist import distill
 from mlkd_dist.config import UserError, from_mapping
-from mlkd_dist.engine import World
+from mlkd_dist.processes.world import World
 from mlkd_dist.saving import commit
 
 ENTRIES = BERT["vocab_size"]

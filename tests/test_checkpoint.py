@@ -22,8 +22,9 @@ from transformers import get_scheduler
 from mlkd_dist import checkpoint, run
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
 from mlkd_dist.config import Config, RunConfig, UserError
-from mlkd_dist.engine import World, backward, student_engine
+from mlkd_dist.engine import backward, student_engine
 from mlkd_dist.processes.signals import Signals
+from mlkd_dist.processes.world import World
 from mlkd_dist.saving import commit
 from mlkd_dist.saving.shards import own_shard
 from mlkd_dist.watching import watch

@@ -17,9 +17,10 @@ from conftest import ROOT, run_config
 
 from mlkd_dist import cli
 from mlkd_dist.config import Config, TeacherConfig, UserError, from_mapping
-from mlkd_dist.engine import World, free_port
 from mlkd_dist.planning import doctor, machine
 from mlkd_dist.planning.machine import FAIL, OK, WARN, Asked, Finding
+from mlkd_dist.processes.network import free_port
+from mlkd_dist.processes.world import World
 
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30
@@ -281,7 +282,7 @@ def test_machines_that_do_not_fit_together(
 ) -> None:
     """What the others say is put into this process's mouth."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlkd_dist.engine.gather_objects", lambda mine: told)
+    monkeypatch.setattr("mlkd_dist.processes.world.gather_objects", lambda mine: told)
     found = check(Asked(), world)
     assert found.state == state and said in found.said, found
     assert not list(tmp_path.iterdir())

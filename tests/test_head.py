@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mlkd_dist.engine import World
 from mlkd_dist.models.head import check_linear_head
 from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.processes.world import World
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Needs, capture

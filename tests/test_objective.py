@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mlkd_dist.config import OpenConfig, from_mapping
-from mlkd_dist.engine import World
 from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.processes.world import World
 from mlkd_dist.schedule import Opening
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import Layer, Trace

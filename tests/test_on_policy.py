@@ -23,11 +23,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mlkd_dist.config import OnPolicyConfig, StageConfig
-from mlkd_dist.engine import World
 from mlkd_dist.generation import on_policy
 from mlkd_dist.generation.generate import generate
 from mlkd_dist.generation.on_policy import Policy, Twin, speaks
 from mlkd_dist.inputs.batches import Sampler
+from mlkd_dist.processes.world import World
 from mlkd_dist.tasks._rouge import rouge_l
 
 CPU = torch.device("cpu")

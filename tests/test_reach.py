@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import World
 from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.processes.world import World
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
 from mlkd_dist.trace import TAP, capture

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from mlkd_dist.checkpoint import Checkpoints, Position
 from mlkd_dist.config import RewindConfig
-from mlkd_dist.engine import World
 from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.metrics import Line, drop_logged
+from mlkd_dist.processes.world import World
 from mlkd_dist.rules.settings import mathematics
 from mlkd_dist.saving import commit
 from mlkd_dist.watching.spikes import Spikes, go_back, rows

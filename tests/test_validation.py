@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mlkd_dist.checkpoint import Checkpoints, Position
 from mlkd_dist.config import RunConfig, UserError, from_mapping
-from mlkd_dist.engine import World
 from mlkd_dist.preflight import check_held_out
+from mlkd_dist.processes.world import World
 from mlkd_dist.saving import commit
 from mlkd_dist.tasks import Decides
 from mlkd_dist.watching.validation import Validation

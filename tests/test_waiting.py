@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mlkd_dist.config import RunConfig
-from mlkd_dist.engine import World
 from mlkd_dist.inputs.batches import Sampler
+from mlkd_dist.processes.world import World
 from mlkd_dist.watching.watch import Desynchronised, Watch
 
 

@@ -9,10 +9,10 @@ import torch
 
 from mlkd_dist.cache.stored import AGAIN, BEGUN, Stored, row_keys, state_names
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.engine import World
 from mlkd_dist.inputs.batches import Sampler, batches
 from mlkd_dist.models.model import read_config
 from mlkd_dist.objective import Objective, Widths
+from mlkd_dist.processes.world import World
 from mlkd_dist.rules.settings import differences, flat
 from mlkd_dist.run import Run, on_first, source, told, user_errors
 from mlkd_dist.saving import commit, verify

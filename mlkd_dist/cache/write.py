@@ -21,10 +21,11 @@ from mlkd_dist.cache.plan import Ranges, changes, collate, plan
 from mlkd_dist.cache.shard import Shard
 from mlkd_dist.cache.stored import BEGUN, INDEX, SHORT_IDS, is_vector, shard_names, state_needs
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import DTYPES, gather_objects
+from mlkd_dist.engine import DTYPES
 from mlkd_dist.inputs.batches import batches
 from mlkd_dist.models.model import read_config
 from mlkd_dist.processes.signals import say
+from mlkd_dist.processes.world import gather_objects
 from mlkd_dist.rules.settings import differences
 from mlkd_dist.run import Run, alone, on_first, told, user_errors
 from mlkd_dist.saving import commit

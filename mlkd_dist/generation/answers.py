@@ -4,10 +4,10 @@ from itertools import islice
 from typing import Any
 
 from mlkd_dist.config import Config, GenerateConfig
-from mlkd_dist.engine import gather_objects
 from mlkd_dist.generation.generate import generate
 from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.models.model import read_config
+from mlkd_dist.processes.world import gather_objects
 from mlkd_dist.run import Run
 from mlkd_dist.teacher import Teacher
 

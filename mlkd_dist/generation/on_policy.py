@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mlkd_dist.config import OnPolicyConfig, StageConfig
-from mlkd_dist.engine import all_reduce, gathered
+from mlkd_dist.engine import gathered
 from mlkd_dist.generation.generate import drawing, generate
 from mlkd_dist.metrics import Clock
+from mlkd_dist.processes.world import all_reduce
 from mlkd_dist.run import Run
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher

@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch.distributed as dist
 
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import World, gather_objects
 from mlkd_dist.processes.waiting import PATIENCE
+from mlkd_dist.processes.world import World, gather_objects
 
 
 def shard_group(name: str, world: World) -> dist.ProcessGroup | None:

@@ -77,7 +77,8 @@ def found(check: Callable[..., Finding], *about: Any) -> Finding:
 
 def together(what: Asked, mine: list[Finding]) -> list[tuple[str, list[Finding]]]:
     """The checks that processes make with one another, and those on a config."""
-    from mlkd_dist.engine import gather_objects, start, stop
+    from mlkd_dist.engine import start, stop
+    from mlkd_dist.processes.world import gather_objects
 
     host = socket.gethostname()
     try:
@@ -120,7 +121,7 @@ def as_json(everyone: list[tuple[str, list[Finding]]]) -> dict[str, Any]:
 
 def replicas(what: Asked, world: Any) -> Finding:
     """That all processes have the same packages."""
-    from mlkd_dist.engine import gather_objects
+    from mlkd_dist.processes.world import gather_objects
 
     told = gather_objects((socket.gethostname(), versions()))
     hosts = dict.fromkeys(host for host, _ in told)
@@ -133,7 +134,7 @@ def replicas(what: Asked, world: Any) -> Finding:
 
 
 def clocks(what: Asked, world: Any) -> Finding:
-    from mlkd_dist.engine import barrier, gather_objects
+    from mlkd_dist.processes.world import barrier, gather_objects
 
     barrier()
     told = gather_objects(time.time())
@@ -148,15 +149,16 @@ def all_reduce(what: Asked, world: Any) -> Finding:
     """Latency of a small one, bandwidth of a large one: medians."""
     import torch
 
-    from mlkd_dist import engine
+    from mlkd_dist.processes.world import all_reduce as summed
+    from mlkd_dist.processes.world import barrier
 
     def seconds(count: int, rounds: int) -> float:
         took = []
         for _ in range(rounds):
             ones = torch.ones(count, device=world.device)
-            engine.barrier()
+            barrier()
             begun = time.perf_counter()
-            total = engine.all_reduce(ones)[-1].item()
+            total = summed(ones)[-1].item()
             took.append(time.perf_counter() - begun)
             assert total == world.size, f"{world.size} ones add up to {total}"
         # The first one makes the connections.
@@ -177,7 +179,7 @@ def all_reduce(what: Asked, world: Any) -> Finding:
 
 def shared_folder(what: Asked, world: Any) -> Finding:
     """That all machines see one run folder, and one another's locks on it."""
-    from mlkd_dist.engine import broadcast_object, gather_objects
+    from mlkd_dist.processes.world import broadcast_object, gather_objects
 
     folder = Path(what.config.run.dir if what.config else ".").absolute()
     there = next(path for path in (folder, *folder.parents) if path.is_dir())

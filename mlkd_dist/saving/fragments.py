@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlkd_dist.engine import Engine, World
+from mlkd_dist.engine import Engine
+from mlkd_dist.processes.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlkd_dist.engine import Engine, World
+from mlkd_dist.engine import Engine
+from mlkd_dist.processes.world import World
 from mlkd_dist.saving.fragments import MOMENTS, Fragment, fragments, make_state, refresh, to_write
 
 

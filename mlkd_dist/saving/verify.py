@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import World, broadcast_object, gather_objects
+from mlkd_dist.processes.world import World, broadcast_object, gather_objects
 from mlkd_dist.run import on_first
 from mlkd_dist.saving import commit
 from mlkd_dist.saving.commit import Rejected

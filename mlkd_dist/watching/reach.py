@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mlkd_dist.config import UserError
-from mlkd_dist.engine import all_reduce
 from mlkd_dist.processes.signals import say
+from mlkd_dist.processes.world import all_reduce
 
 # A loss, and the student layer of its pair.
 Key = tuple[str, int | None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlkd_dist.engine import all_gather, broadcast_object
+from mlkd_dist.processes.world import all_gather, broadcast_object
 from mlkd_dist.run import Run
 from mlkd_dist.teacher import Teacher
 from mlkd_dist.trace import Needs, Trace

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mlkd_dist.config import RunConfig
-from mlkd_dist.engine import World
 from mlkd_dist.processes.signals import SIGNALLED
+from mlkd_dist.processes.world import World
 
 STARTED = time.monotonic()
 # Where the marks begin in what the processes add up.

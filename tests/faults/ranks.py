@@ -68,7 +68,7 @@ def run(
 
 
 def port() -> int:
-    from mlkd_dist.engine import free_port
+    from mlkd_dist.processes.network import free_port
 
     return free_port()
 
