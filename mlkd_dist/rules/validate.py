@@ -1,7 +1,6 @@
 """Checks of a whole config that need no weights and no torch: allowed values, keys that exclude
 each other, the options of every loss, and what the models' config files say."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,17 @@ from mlkd_dist.config import (
     FinetuneConfig,
     LowRankConfig,
     RunConfig,
-    StageConfig,
     UserError,
 )
 from mlkd_dist.models.roles import ROLES
-from mlkd_dist.rules.allowed import above, at_least, nearest, one_of, share
-from mlkd_dist.rules.openings import check_open
+from mlkd_dist.rules.allowed import above, at_least, one_of, share
 from mlkd_dist.rules.prompts import check_generate, check_on_policy
-from mlkd_dist.rules.schema import LOSSES, check_layers, loss_options, loss_schema, names
+from mlkd_dist.rules.schema import loss_schema
 from mlkd_dist.rules.shapes import check_shapes, model_shape, refuse_type
+from mlkd_dist.rules.stage import check_length, check_stage
+from mlkd_dist.rules.task import VOCABULARY, check_pack, check_task
 
-TASKS = Path(__file__).parent.parent / "tasks"
 ATTENTION = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-# Options of one task only; set for another task they would be ignored.
-TASK_OPTIONS = {
-    "pooling": "embedding",
-    "labels": "classification",
-    "stride": "question_answering",
-    "mask_probability": "masked_lm",
-}
-ONE_TEXT = ["embedding", "masked_lm", "causal_lm"]
-# Tasks with a row of logits per token.
-VOCABULARY = ["masked_lm", "causal_lm"]
 # What teacher.cache may hold of a teacher, as losses read it.
 STORED = ("logits", "embedding", "hidden", "cls", "mean", "last")
 # DeepSpeed keys that other keys of the config already decide.
@@ -57,6 +45,7 @@ def validate(config: Config) -> None:
     check_values(config)
     check_deepspeed(config.deepspeed)
     check_task(config)
+    check_finetune(config)
     check_folders(config)
     stages = config.stages
     if not stages:
@@ -256,88 +245,17 @@ def check_folders(config: Config) -> None:
             )
 
 
-def check_task(config: Config) -> None:
-    one_of("task.kind", config.task.kind, names(TASKS))
-    for option, kind in TASK_OPTIONS.items():
-        if getattr(config.task, option) is not None and config.task.kind != kind:
-            raise UserError(
-                f"task.{option}: only for task.kind {kind}, given with {config.task.kind}; remove "
-                f"it."
-            )
-    if config.data.text_pair is not None and config.task.kind in ONE_TEXT:
-        raise UserError(
-            f"data.text_pair: the task {config.task.kind} reads one text per row; remove it."
-        )
-    check_text(config)
-    if config.data.text_pair is None and config.task.kind == "question_answering":
-        raise UserError(
-            "data.text_pair: question_answering reads questions from data.text and passages from "
-            "data.text_pair; name both columns, and that of the answers as data.label."
-        )
-    if config.task.stride is not None:
-        at_least("task.stride", config.task.stride, 0)
-    if config.task.pooling is not None:
-        one_of("task.pooling", config.task.pooling, ["mean", "cls", "last"])
-    if config.task.mask_probability is not None:
-        share("task.mask_probability", config.task.mask_probability)
-    if config.task.labels is not None:
-        at_least("task.labels", config.task.labels, 2)
+def check_finetune(config: Config) -> None:
     finetune = config.teacher.finetune
-    if finetune is not None:
-        if config.task.kind == "embedding":
-            raise UserError(
-                "teacher.finetune: the embedding task has no labels to train on; remove it."
-            )
-        check_length("teacher.finetune", finetune)
-        at_least("teacher.finetune.lr", finetune.lr, 0)
-        check_evaluation("teacher.finetune", finetune)
-
-
-def check_text(config: Config) -> None:
-    """What causal_lm learns from: documents, completions of prompts, or chats."""
-    data = config.data
-    for name in ("prompt", "completion", "messages"):
-        if getattr(data, name) is not None and config.task.kind != "causal_lm":
-            raise UserError(
-                f"data.{name}: only for task.kind causal_lm, given with {config.task.kind}; remove "
-                f"it."
-            )
-    if (data.prompt is None) != (data.completion is None) or (
-        data.prompt is not None and data.prompt == data.completion
-    ):
-        raise UserError(
-            f"data.prompt, data.completion: {data.prompt!r} and {data.completion!r} are given; "
-            f"name two columns, or neither."
-        )
-    if data.messages is not None and data.prompt is not None:
-        raise UserError(
-            "data.messages: given beside data.prompt; use one of them: chats, or prompts with "
-            "completions."
-        )
-
-
-def check_pack(config: Config) -> None:
-    if not config.data.pack:
+    if finetune is None:
         return
-    if config.task.kind != "causal_lm":
+    if config.task.kind == "embedding":
         raise UserError(
-            f"data.pack: true is only for task.kind causal_lm, given with {config.task.kind}; use "
-            f"false."
+            "teacher.finetune: the embedding task has no labels to train on; remove it."
         )
-    for who, model in (("teacher", config.teacher), ("student", config.student)):
-        if model.attention.startswith("flash"):
-            raise UserError(
-                f"{who}.attention: {model.attention} cannot keep the documents of a packed "
-                f"sequence apart; use sdpa, or data.pack=false."
-            )
-    for index, stage in enumerate(config.stages):
-        for name in stage.losses:
-            if not loss_schema(name).packed:
-                raise UserError(
-                    f"stages[{index}].losses.{name}: this loss compares tokens or samples with one "
-                    f"another and would mix the documents of a packed sequence; use "
-                    f"data.pack=false, or losses such as soft_labels and hidden_mse."
-                )
+    check_length("teacher.finetune", finetune)
+    at_least("teacher.finetune.lr", finetune.lr, 0)
+    check_evaluation("teacher.finetune", finetune)
 
 
 def check_compare_maps(config: Config) -> None:
@@ -391,56 +309,6 @@ def check_cache(config: Config) -> None:
             f"teacher.cache.top_k: only for tasks over a vocabulary ({', '.join(VOCABULARY)}), "
             f"given with {config.task.kind}, of which all logits are kept; remove it."
         )
-
-
-def check_length(key: str, given: Any) -> None:
-    if (given.steps is None) == (given.epochs is None):
-        raise UserError(
-            f"{key}: give either steps or epochs, "
-            f"{'neither' if given.steps is None else 'both'} is given."
-        )
-    length = given.steps if given.epochs is None else given.epochs
-    if not (math.isfinite(length) and length > 0):
-        raise UserError(f"{key}: its length is {length}; it must be more than 0.")
-
-
-def check_stage(where: str, stage: StageConfig, task: str) -> None:
-    check_length(where, stage)
-    if stage.lr is not None:
-        at_least(f"{where}.lr", stage.lr, 0)
-    check_layers(where, stage.layers)
-    known = names(LOSSES)
-    if not stage.losses:
-        raise UserError(f"{where}.losses: none is given; give at least one of {', '.join(known)}.")
-    for name, given in stage.losses.items():
-        key = f"{where}.losses.{name}"
-        if name not in known:
-            raise UserError(
-                f"{key}: no such loss{nearest(name, known)}; use one of {', '.join(known)}."
-            )
-        schema = loss_schema(name)
-        if task == "embedding" and schema.rows == "label":
-            raise UserError(
-                f"{key}: this loss reads logits, and the embedding task has none; remove it or "
-                f"choose another task.kind."
-            )
-        stage.losses[name] = options = loss_options(key, schema, given)
-        if options.get("positives") == "label" and task != "classification":
-            raise UserError(
-                f"{key}.positives: label needs classes, and the task {task} has none; use sample "
-                f"or auto."
-            )
-        if options.get("label_smoothing") and task in ("regression", "question_answering"):
-            raise UserError(
-                f"{key}.label_smoothing: the task {task} has no classes to smooth over; remove it."
-            )
-        if options.get("truncate") and task not in VOCABULARY:
-            raise UserError(
-                f"{key}.truncate: only for tasks over a vocabulary ({', '.join(VOCABULARY)}), "
-                f"given with {task}; remove it."
-            )
-    if stage.open is not None:
-        check_open(where, stage.open, stage.losses)
 
 
 def check_low_rank(given: LowRankConfig) -> None:
