@@ -26,7 +26,7 @@ from mlkd_dist.models.linears import (
     sizes,
 )
 from mlkd_dist.models.roles import FAMILIES, NAMES, ROLES
-from mlkd_dist.trace import layer_modules
+from mlkd_dist.models.tap import layer_modules
 
 KEY = "mlkd_low_rank"
 VARIANT = "low_rank"

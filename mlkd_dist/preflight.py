@@ -22,6 +22,7 @@ from mlkd_dist.models.linears import matrix_sizes
 from mlkd_dist.models.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.models.nodes import shard_group
 from mlkd_dist.models.roles import FAMILIES
+from mlkd_dist.models.tap import check_readable, layer_modules
 from mlkd_dist.processes.world import World
 from mlkd_dist.rules.prompts import check_answers_fit
 from mlkd_dist.rules.schema import loss_schema
@@ -29,7 +30,6 @@ from mlkd_dist.rules.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.student import starting_config
-from mlkd_dist.trace import check_readable, layer_modules
 from mlkd_dist.watching.validation import undecided
 from mlkd_kernels import choose
 

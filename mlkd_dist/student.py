@@ -12,9 +12,10 @@ from mlkd_dist.config import Config, FromTeacherConfig, StudentConfig, UserError
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
 from mlkd_dist.models.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
+from mlkd_dist.models.tap import capture, layer_modules
 from mlkd_dist.objective import Objective, Peers
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import Needs, Trace, capture, layer_modules
+from mlkd_dist.trace import Needs, Trace
 
 # The width of the feed-forward block goes by many names.
 FEED_FORWARD = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")

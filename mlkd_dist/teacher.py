@@ -11,9 +11,10 @@ from mlkd_dist.config import TeacherConfig
 from mlkd_dist.engine import frozen_config, frozen_engine, gathered
 from mlkd_dist.models.model import cut_layers, load_model, read_config
 from mlkd_dist.models.nodes import shard_group
+from mlkd_dist.models.tap import capture
 from mlkd_dist.processes.world import World
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import Needs, Trace, capture
+from mlkd_dist.trace import Needs, Trace
 
 
 class Teacher:

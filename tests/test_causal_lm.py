@@ -20,10 +20,11 @@ from mlkd_dist.inputs.columns import Columns
 from mlkd_dist.inputs.quarantine import Sieve
 from mlkd_dist.inputs.sources import read
 from mlkd_dist.models.head import Head
+from mlkd_dist.models.tap import capture
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import BadRow, Batch
 from mlkd_dist.tasks.causal_lm import packed
-from mlkd_dist.trace import Needs, Trace, capture
+from mlkd_dist.trace import Needs, Trace
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mlkd_dist.models.head import check_linear_head
+from mlkd_dist.models.tap import capture
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.processes.world import World
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import Needs, capture
+from mlkd_dist.trace import Needs
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

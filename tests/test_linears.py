@@ -12,7 +12,8 @@ from mlkd_dist.config import LowRankConfig
 from mlkd_dist.low_rank import factorise, plan
 from mlkd_dist.models.linears import LowRankLinear, matrix_sizes
 from mlkd_dist.models.roles import ROLES
-from mlkd_dist.trace import LAYER_READS, Layer, Needs, Trace, capture, layer_modules
+from mlkd_dist.models.tap import capture, layer_modules
+from mlkd_dist.trace import LAYER_READS, Layer, Needs, Trace
 
 GATED = ("ModernBert", "Llama", "Mistral", "Qwen3", "Gemma2")
 # Those that turn queries and keys by their position, which keeps lengths; OPT scales its query.

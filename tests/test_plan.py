@@ -16,12 +16,12 @@ from mlkd_dist import config as configs
 from mlkd_dist import plan, tasks
 from mlkd_dist.config import UserError
 from mlkd_dist.models.model import load_model, read_config
+from mlkd_dist.models.tap import capture
 from mlkd_dist.planning import footprint, model_sizes
 from mlkd_dist.planning.cluster import Cluster, cluster_of, room
 from mlkd_dist.planning.estimate import Choice, Plan, choices, estimate
 from mlkd_dist.planning.footprint import GIB
 from mlkd_dist.student import cut_config, make_student
-from mlkd_dist.trace import capture
 from mlkd_kernels.streamed import linear_divergence
 
 LLAMA = {

@@ -13,9 +13,10 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig
 from mlkd_dist.losses import load
+from mlkd_dist.models.tap import logits_of
 from mlkd_dist.tasks import BadRow
 from mlkd_dist.tasks.question_answering import exact, words_f1
-from mlkd_dist.trace import Trace, logits_of
+from mlkd_dist.trace import Trace
 
 PASSAGE = " ".join(WORDS[:20])
 

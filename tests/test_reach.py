@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from mlkd_dist.config import UserError
+from mlkd_dist.models.tap import TAP, capture
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.processes.world import World
 from mlkd_dist.student import Student
 from mlkd_dist.tasks import Batch
-from mlkd_dist.trace import TAP, capture
 from mlkd_dist.watching import reach as reaching
 from mlkd_dist.watching.reach import PATIENT, Reach
 

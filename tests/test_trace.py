@@ -8,13 +8,8 @@ import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from mlkd_dist.trace import (
-    LAYER_READS,
-    Needs,
-    capture,
-    check_readable,
-    sample_vector,
-)
+from mlkd_dist.models.tap import capture, check_readable
+from mlkd_dist.trace import LAYER_READS, Needs, sample_vector
 
 COMMON = dict(
     vocab_size=64,

@@ -18,7 +18,7 @@ from transformers import (
 from mlkd_dist.config import UserError, resolve_path
 from mlkd_dist.engine import DTYPES, sharded_loading
 from mlkd_dist.low_rank import loadable
-from mlkd_dist.trace import TAP, check_readable
+from mlkd_dist.models.tap import TAP, check_readable
 
 
 def quiet() -> None:

@@ -13,12 +13,13 @@ from mlkd_dist.config import Config, UserError
 from mlkd_dist.low_rank import targets
 from mlkd_dist.models.linears import matrix_sizes, sizes
 from mlkd_dist.models.model import cut_layers, read_config
+from mlkd_dist.models.tap import layer_modules
 from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.planning.footprint import Size
 from mlkd_dist.processes.world import World
 from mlkd_dist.rules.shapes import refuse_type, shape
 from mlkd_dist.student import FEED_FORWARD, starting_config
-from mlkd_dist.trace import Needs, layer_modules
+from mlkd_dist.trace import Needs
 
 
 @dataclass(frozen=True)
