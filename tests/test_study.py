@@ -388,6 +388,8 @@ def test_only_what_is_not_there_is_made(written: Any, program: Any, tmp_path: Pa
         study_runs.main(path, ["optim.lr=0.5"])
     with pytest.raises(UserError, match=r"other settings \(run.evaluate_every: absent -> 1"):
         study_runs.main(path, ["run.evaluate_every=1", "run.export=best"])
+    with pytest.raises(UserError, match=r"other settings \(batch.evaluation: "):
+        study_runs.main(path, ["batch.evaluation=3"])
     assert made() == []
     # Another seed is another run, and other settings may replace what is there.
     assert study_runs.main(path, ["seeds=[0,2]"]) == 0

@@ -5,13 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlkd_dist.config import (
-    Config,
-    FinetuneConfig,
-    LowRankConfig,
-    RunConfig,
-    UserError,
-)
+from mlkd_dist.config import Config, FinetuneConfig, LowRankConfig, RunConfig, UserError
 from mlkd_dist.models.roles import ROLES
 from mlkd_dist.rules.allowed import above, at_least, one_of, share
 from mlkd_dist.rules.prompts import check_generate, check_on_policy

@@ -12,8 +12,11 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from mlkd_dist.config import Config, UserError
-from mlkd_dist.rules.settings import decisive, differences, flat, read_back
+from mlkd_dist.rules.settings import below, decisive, differences, flat, read_back
 from mlkd_dist.studies.study import HEADER, Plan, Planned
+
+# Settings that leave the export alone and change what the report says of it, and of its speed.
+MEASURED = ("run.compare_maps", "task.generate", "batch.evaluation", "student.attention")
 
 
 def check_folder(folder: Path) -> None:
@@ -78,9 +81,13 @@ def other_settings(run: Planned) -> list[str]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """All that its report depends on."""
-    answers = flat({"task.generate": asdict(config)["task"]["generate"]})
-    return decisive(config) | answers | {"run.compare_maps": config.run.compare_maps}
+    """All that its report depends on: the export, and how that is measured."""
+    measured = {
+        key: value
+        for key, value in flat(asdict(config)).items()
+        if any(below(key, name) for name in MEASURED)
+    }
+    return decisive(config) | measured
 
 
 def save(asked: Plan) -> None:
