@@ -73,7 +73,8 @@ everywhere() { # NAME WORD...: a script of remote/ on all machines at once, its 
     {
       code=0
       # shellcheck disable=SC2029 # these words are meant to be those of here
-      ssh "${ssh_args[@]}" "$host" "sh -s $(printf '%q ' "$host" "$@")" <"$here/remote/$script" \
+      ssh -o ConnectionAttempts="${attempts:-1}" "${ssh_args[@]}" "$host" \
+        "sh -s $(printf '%q ' "$host" "$@")" <"$here/remote/$script" \
         >"$work/$host.said" 2>&1 || code=$?
       echo "$code" >"$work/$host.code"
     } &
@@ -82,13 +83,15 @@ everywhere() { # NAME WORD...: a script of remote/ on all machines at once, its 
   wait "${ends[@]}" || true
 }
 
-# DeepSpeed asks the first host only, and waits long.
-everywhere check.sh "$PWD" "${PYTHONPATH:-}" "$python" "$MASTER_ADDR" "$MASTER_PORT" "${hosts[0]}"
+# DeepSpeed asks the first host only, and waits long. A network that has just come back may need a
+# second try.
+attempts=3 everywhere check.sh "$PWD" "${PYTHONPATH:-}" "$python" "$MASTER_ADDR" "$MASTER_PORT" \
+  "${hosts[0]}"
 for host in "${hosts[@]}"; do
   why=$(tail -n 1 "$work/$host.said" | tr -d '\r')
   case $(<"$work/$host.code") in
     0) ;;
-    255) fail "ssh to $host does not work without a password: $why" ;;
+    255) fail "ssh to $host does not work, or asks for a password: $why" ;;
     *) fail "$host $why" ;;
   esac
 done

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -117,6 +119,17 @@ class Hosts:
         """The command, on host 0 or 1."""
         spaces = ["--net", "--mount", "--uts", *(["--pid"] if pid else [])]
         return ["nsenter", "--target", str(self.firsts[host]), *spaces, "--", *command]
+
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """The cable out of the second host, and in again at the end."""
+        self.inside(self.firsts[1], "ip link set eth0 down")
+        try:
+            yield
+        finally:
+            self.inside(self.firsts[1], "ip link set eth0 up")
+            # For some seconds the kernel may still hold the other host for gone.
+            self.wait_for_sshd()
 
     def inside(self, first: int, command: str, pid: bool = True) -> None:
         words = self.on(self.firsts.index(first), *command.split(), pid=pid)

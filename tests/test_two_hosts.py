@@ -161,16 +161,15 @@ def test_a_host_that_is_cut_off_ends_all_and_the_run_goes_on_after(
         while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < 14:
             assert running.poll() is None and time.monotonic() < until, running.communicate()
             time.sleep(0.2)
-        hosts.inside(hosts.firsts[1], "ip link set eth0 down")
-        begun = time.monotonic()
-        out, err = running.communicate(timeout=PATIENCE)
-        took = time.monotonic() - begun
-        # On the host that nobody reaches they end by themselves.
-        while left := hosts.at_work("mlkd_dist.distill"):
-            assert time.monotonic() - begun < timeout + 90, left
-            time.sleep(0.5)
+        with hosts.cut_off():
+            begun = time.monotonic()
+            out, err = running.communicate(timeout=PATIENCE)
+            took = time.monotonic() - begun
+            # On the host that nobody reaches they end by themselves.
+            while left := hosts.at_work("mlkd_dist.distill"):
+                assert time.monotonic() - begun < timeout + 90, left
+                time.sleep(0.5)
     finally:
-        hosts.inside(hosts.firsts[1], "ip link set eth0 up")
         running.kill()
     assert running.returncode not in (0, 2, 75), err
     assert "hostfile.sh: error: the connection to node2 broke off." in err, err
