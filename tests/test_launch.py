@@ -248,7 +248,7 @@ touch "{folder}/up"
 
 def test_a_signal_reaches_the_ranks_on_all_machines(tmp_path: Path) -> None:
     """DeepSpeed would end whatever is named like it there."""
-    rank = f'trap "exit 75" USR1; touch "{tmp_path}/trains"; while :; do sleep 0.2; done'
+    rank = f'trap "exit 75" USR1; sleep 1; touch "{tmp_path}/trains"; while :; do sleep 0.2; done'
     # As pdsh says it.
     end = 'wait $!; code=$?; echo "pdsh@here: node1: ssh exited with exit code $code" >&2; exit 75'
     given = hosts_of(tmp_path, TRAINS.format(rank=rank, folder=tmp_path, end=end), HERE)
@@ -319,7 +319,7 @@ def test_one_rank_that_fails_ends_its_node(tmp_path: Path) -> None:
 
 
 def test_ranks_hear_that_they_are_to_stop(tmp_path: Path) -> None:
-    body = f'trap "exit 75" USR1; touch "{tmp_path}/up.$RANK"; while :; do sleep 0.2; done'
+    body = f'trap "exit 75" USR1; sleep 1; touch "{tmp_path}/up.$RANK"; while :; do sleep 0.2; done'
     program = stand_in(tmp_path, "program", body)
     node = subprocess.Popen(
         [str(LAUNCH / "node.sh"), *WORDS], env=environment(PROCESSES=2, PYTHON=program)
@@ -349,7 +349,9 @@ def test_slurm_queues_a_stopped_run_again(
 
 def test_slurm_passes_on_the_time_limit(tmp_path: Path) -> None:
     up = tmp_path / "up"
-    stand_in(tmp_path, "srun", f'trap "exit 75" USR1; touch "{up}"; while :; do sleep 0.2; done')
+    # By then the script listens, too.
+    body = f'trap "exit 75" USR1; sleep 1; touch "{up}"; while :; do sleep 0.2; done'
+    stand_in(tmp_path, "srun", body)
     stand_in(tmp_path, "scontrol", "")
     given = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID=42)
     job = subprocess.Popen([str(LAUNCH / "slurm.sbatch"), *WORDS], env=given)

@@ -22,7 +22,7 @@ from mlkd_dist.processes.versions import refuse_different, versions
 from mlkd_dist.rules.allowed import nearest
 
 # Seconds that the processes wait for one another here.
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 def asked(words: list[str]) -> Asked:

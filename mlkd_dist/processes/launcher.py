@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from mlkd_dist.processes.signals import REQUEUE, SAME_SIGNAL, SHOW_STACKS, VERDICTS, handled
 
 # Seconds that the processes have to save, once they are to stop and nobody else waits for them.
@@ -61,9 +63,12 @@ class Launch:
             self.ask()
 
     def ask(self) -> None:
+        """All but those that are ours since the death of their parent, which has told them: hearing
+        it much later once more would end them."""
         for number in self.numbers("pid").values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if psutil.Process(number).ppid() != os.getpid():
+                    os.kill(number, signal.SIGUSR1)
 
     def end(self) -> None:
         """All that the launcher has started, at once."""

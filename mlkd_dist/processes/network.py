@@ -1,15 +1,21 @@
 """Where the processes of a run find one another."""
 
+import contextlib
 import os
+import random
 import socket
 
 import psutil
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody listens on, and that the system gives to nobody by itself: before it is used,
+    some seconds pass."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 29000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def name_interface() -> None:
