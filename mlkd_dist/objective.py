@@ -29,7 +29,7 @@ from mlkd_dist.trace import LAYER_READS, Needs, Samples, Trace
 from mlkd_dist.watching.reach import Reach
 from mlkd_dist.watching.watch import Watch
 
-ROW_KINDS = ("token", "sample", "label")
+ROW_KINDS = ("token", "sample", "label", "labelled")
 # Options that this file acts on; the rest go to the loss.
 COMMON = ("weight", "layers", "sum_layers", "average", "project", "shared_projection")
 
@@ -73,7 +73,11 @@ class Term:
     @property
     def divisor(self) -> str:
         """Which of ROW_KINDS the sum is divided by."""
-        return "sample" if self.options.get("average") == "sample" else self.schema.rows
+        if self.options.get("average") == "sample":
+            return "sample"
+        # Without a teacher, only what is labelled says anything.
+        teacher, rows = self.schema.teacher, self.schema.rows
+        return "labelled" if rows == "label" and not teacher else rows
 
     def needs(self, side: int, pairs: Pairs) -> Needs:
         """Of the student (side 0) or the teacher (side 1), of these of its layer pairs."""
@@ -230,12 +234,11 @@ class Objective:
         all-reduce, which also carries what the processes have to agree on."""
         counts = torch.stack(
             [
-                torch.stack([batch.mask.sum(), batch.samples, batch.label_keep.sum()]).to(
-                    torch.int64
-                )
-                for batch in batches
+                torch.stack([b.mask.sum(), b.samples, b.label_keep.sum(), b.labelled])
+                for b in batches
             ]
-        ).sum(0)
+        )
+        counts = counts.to(torch.int64).sum(0)
         if watch is None:
             counts = all_reduce(counts)
         else:

@@ -1,11 +1,9 @@
 """All that is checked before any weights load and before anything is written."""
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
@@ -17,12 +15,9 @@ from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import check_plan
-from mlkd_dist.models.head import check_linear_head
-from mlkd_dist.models.linears import matrix_sizes
 from mlkd_dist.models.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
 from mlkd_dist.models.nodes import shard_group
-from mlkd_dist.models.roles import FAMILIES
-from mlkd_dist.models.tap import check_readable, layer_modules
+from mlkd_dist.models.suited import check_kind, check_matrices, check_model
 from mlkd_dist.processes.world import World
 from mlkd_dist.rules.prompts import check_answers_fit
 from mlkd_dist.rules.schema import loss_schema
@@ -224,7 +219,7 @@ def check_weights(run: Run, student_path: str) -> None:
         found = read_config(path, config.trust_remote_code)
         if labels is not None:
             found.num_labels = labels
-        check_positions(run, path, check_kind(config, run.task, path, found))
+        check_model(config, run.tokenizer, path, check_kind(config, run.task, path, found))
         loaded[path] = load_model(
             run.task.model_class,
             path,
@@ -240,90 +235,6 @@ def check_weights(run: Run, student_path: str) -> None:
             if loss_schema(name).scope == "module":
                 models = loaded[config.teacher.path], loaded[student_path]
                 check_matrices(f"stages[{index}].losses.{name}", options["of"], *models)
-
-
-def check_matrices(
-    where: str, of: list[str] | None, teacher: PreTrainedModel, student: PreTrainedModel
-) -> None:
-    """That both models have these matrices, of the same sizes; `of` None: all they have."""
-    theirs, ours = (matrix_sizes(layer_modules(model)[0]) for model in (teacher, student))
-    for model, found in ((teacher, theirs), (student, ours)):
-        if not found:
-            raise UserError(
-                f"{where}: the matrices of {type(model).__name__} are not known by name; use "
-                f"models like {FAMILIES}."
-            )
-        for role in of or theirs | ours:
-            if role not in found:
-                raise UserError(
-                    f"{where}.of: {type(model).__name__} has no matrix {role}; both models must "
-                    f"have what is compared, and it has {', '.join(found)}."
-                )
-    for role in of or theirs:
-        if theirs[role] != ours[role]:
-            raise UserError(
-                f"{where}: {role} maps {theirs[role][0]} to {theirs[role][1]} numbers in the "
-                f"teacher and {ours[role][0]} to {ours[role][1]} in the student; use a student "
-                f"with matrices of the same sizes (student.low_rank)."
-            )
-
-
-def check_kind(config: Config, task: Any, path: str, found: PreTrainedConfig) -> PreTrainedModel:
-    """That transformers has this model for the task, and that it can be read; returns it without
-    weights."""
-    model_class = task.model_class
-    try:
-        with torch.device("meta"):
-            model = model_class.from_config(
-                found, attn_implementation="eager", trust_remote_code=config.trust_remote_code
-            )
-    except ValueError as error:
-        raise UserError(
-            f"model {path!r}: transformers has no {model_class.__name__} of the type "
-            f"{found.model_type!r}, which task.kind {config.task.kind} needs; use another model."
-        ) from error
-    check_readable(model, path)
-    if task.vocabulary:
-        check_linear_head(model, path)
-        check_direction(model, path, config)
-    return model
-
-
-def check_positions(run: Run, path: str, model: PreTrainedModel) -> None:
-    """That a model which counts positions from its padding token's number on, as RoBERTa does, has
-    the tokenizer's padding token, and a place for the last token."""
-    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
-    table = next((m for m in tables if getattr(m, "padding_idx", None) is not None), None)
-    if table is None:
-        return
-    pad, length = run.tokenizer.pad_token_id, run.config.data.max_length
-    if table.padding_idx != pad:
-        raise UserError(
-            f"model {path!r} counts positions from its padding token {table.padding_idx} on, and "
-            f"the tokenizer pads with {pad}; use a model made for this tokenizer: pad_token_id in "
-            f"its config.json must be {pad}."
-        )
-    limit = table.num_embeddings - pad - 1
-    if length > limit:
-        raise UserError(
-            f"data.max_length: {length} is more than the {limit} tokens {path!r} takes, which "
-            f"counts positions from {pad + 1} on; use {limit} or less."
-        )
-
-
-def check_direction(model: PreTrainedModel, path: str, config: Config) -> None:
-    """That a model of causal_lm looks back only: an encoder would read the tokens it is to say."""
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    if config.task.kind == "causal_lm" and not causal:
-        raise UserError(
-            f"model {path!r}: {type(model).__name__} attends to tokens that come later, so it "
-            f"cannot learn to say them; use a decoder, or task.kind masked_lm."
-        )
-    if config.data.pack and "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"model {path!r}: {type(model).__name__} takes no position_ids, which count anew in "
-            f"each document of a packed sequence; use data.pack=false."
-        )
 
 
 def check_entries(run: Run, student_path: str) -> None:
@@ -374,6 +285,12 @@ def check_classes(run: Run, student_path: str) -> None:
     teacher = (
         read_config(config.teacher.path, config.trust_remote_code) if config.teacher.path else None
     )
+    learns = any("hard_labels" in stage.losses for stage in config.stages)
+    if learns and max(run.train.unique("labels")) < 0:
+        raise UserError(
+            f"data.train: no label of {config.data.train!r} is known, all are -1, and hard_labels "
+            f"needs some; use data with labels, or leave out the loss."
+        )
     ours = class_count(run) or student.num_labels
     if teacher is not None and teacher.num_labels != ours:
         raise UserError(

@@ -106,7 +106,9 @@ class Opening:
         return {"phase": self.phase, "total": float(self.total), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.phase, self.total, self.count = state["phase"], state["total"], state["count"]
+        # With `resume: changed` there may be fewer layers than it was saved with.
+        self.phase = min(state["phase"], len(self.layers))
+        self.total, self.count = state["total"], state["count"]
 
 
 def opening(where: str, stage: StageConfig, layers: list[int], steps: int) -> Opening | None:

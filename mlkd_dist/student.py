@@ -12,6 +12,7 @@ from mlkd_dist.config import Config, FromTeacherConfig, StudentConfig, UserError
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import factorise, loadable, merge, plan, save
 from mlkd_dist.models.model import cut_layers, load_model, read_config, read_tokenizer, resolve_path
+from mlkd_dist.models.roles import BY_HEAD
 from mlkd_dist.models.tap import capture, layer_modules
 from mlkd_dist.objective import Objective, Peers
 from mlkd_dist.tasks import Batch
@@ -47,7 +48,15 @@ def make_student(
 def cut_config(config: PreTrainedConfig, cut: FromTeacherConfig) -> PreTrainedConfig:
     """That of the student."""
     picks = picked_layers(cut.layers, config.num_hidden_layers)
-    return cut_width(cut_heads(cut_layers(config, picks), cut.heads), cut.hidden)
+    found = cut_width(cut_heads(cut_layers(config, picks), cut.heads), cut.hidden)
+    rotary, wide = getattr(found, "rope_parameters", None), head_dim(found)
+    turned = int(wide * rotary.get("partial_rotary_factor", 1)) if rotary else 0
+    if wide != head_dim(config) and turned % 2:
+        raise UserError(
+            f"student.from_teacher: heads would be {wide} wide, and positions turn {turned} of "
+            f"these in pairs; use another width or number of heads."
+        )
+    return found
 
 
 def starting_config(config: Config) -> PreTrainedConfig:
@@ -123,6 +132,9 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list
         found = source.get(teacher_name(name, *names, picks))
         if found is None:
             continue
+        if name.removesuffix(".weight").removesuffix(".bias").endswith(BY_HEAD):
+            heads = (m.config.num_attention_heads for m in (teacher, student))
+            found = regrouped(found, *heads)
         for wide, narrow in zip(found.shape, target.shape, strict=True):
             if wide != narrow and (wide, narrow) not in sizes:
                 raise UserError(
@@ -135,6 +147,12 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list
         ]
         found = found.repeat(repeats) if max(repeats, default=1) > 1 else found
         target.copy_(found[tuple(slice(0, size) for size in target.shape)])
+
+
+def regrouped(joined: Tensor, teacher_heads: int, student_heads: int) -> Tensor:
+    """Rows of queries, keys and values that alternate head by head, for another number of heads."""
+    apart = joined.unflatten(0, (teacher_heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    return apart.unflatten(1, (student_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:

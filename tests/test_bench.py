@@ -177,7 +177,7 @@ def test_the_floor_is_a_loss_of_its_own(teachers: dict, labelled: bool) -> None:
     batch = Batch({"attention_mask": mask}, keep, labels, keep)
     trace = Trace(mask.bool(), 2, logits=torch.randn(3, 4), labels=labels)
     trace.layer(1).hidden = torch.randn(3, 2, 8)
-    rows = {"token": torch.tensor(3.0), "sample": torch.tensor(2.0), "label": torch.tensor(2.0)}
+    rows = {"token": torch.tensor(3.0), "sample": torch.tensor(2.0), "labelled": torch.tensor(2.0)}
     logs = torch.log_softmax(trace.logits, -1)
     entropy = -(logs[0, 0] + logs[1, 2]) / 2
     states = trace.layers[1].hidden.sum(-1)

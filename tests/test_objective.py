@@ -79,6 +79,24 @@ def one(losses: dict[str, dict], **named: Any) -> float:
     return value(losses, **named)[0].item()
 
 
+def test_hard_labels_are_a_mean_over_what_is_labelled() -> None:
+    """Of `soft_labels` every row counts."""
+    given = batch()
+    given.labels[1] = -100
+    student = trace(STUDENT, 1, given.inputs["attention_mask"].bool())
+    objective = Objective(
+        options({"hard_labels": {}, "soft_labels": {}}), "uniform", Widths(STUDENT, LAYERS),
+        Widths(STUDENT, LAYERS), "auto", World(0, 1, 0, torch.device("cpu")),
+    )  # fmt: skip
+    student.labels, rows = given.labels, objective.global_rows([given])
+    teacher = trace(STUDENT, 2, student.mask)
+    _, shares = objective(student, teacher, given, rows, objective.projections(), None, 0)
+    expected = torch.nn.functional.cross_entropy(student.logits[[0, 2]], torch.tensor([0, 0]))
+    assert shares[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    p, q = teacher.logits.log_softmax(-1), student.logits.log_softmax(-1)
+    assert shares[1].item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
+
+
 def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
     losses = {
         "hidden_mse": {"weight": 2.0},

@@ -51,6 +51,14 @@ def test_a_short_passage_is_one_window(tokenizer: PreTrainedTokenizerBase) -> No
     assert PASSAGE[start:end] == "w3 w4"
 
 
+@pytest.mark.parametrize("text", ["w3 w4 ", " w3 w4", " w3 w4 "])
+def test_white_space_around_an_answer_is_left_out(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    (row,) = encoded(tokenizer, answer(text))
+    assert row["labels"] == [7, 8]
+
+
 def test_windows_overlap_and_only_those_with_the_whole_answer_point_at_it(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

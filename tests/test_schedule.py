@@ -120,6 +120,14 @@ def test_a_run_that_continues_opens_the_same_layers_at_the_same_steps(kind: str,
     assert continued.state_dict() == whole.state_dict()
 
 
+def test_a_run_that_continues_with_fewer_layers_is_at_the_classifier() -> None:
+    before = Opening(rule(), LAYERS, 12)
+    played(before, [None] * 7)
+    after = Opening(rule(), LAYERS[2:], 12)
+    after.load_state_dict(before.state_dict())
+    assert runs(played(after, [None] * 5, start=7)) == [((), True, 5)]
+
+
 def test_all_at_once_needs_no_rule() -> None:
     for given in (None, OpenConfig("all")):
         assert opening("stages[0]", StageConfig(open=given), LAYERS, 1) is None

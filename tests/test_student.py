@@ -10,6 +10,9 @@ from conftest import write_model, write_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from mlkd_dist.config import FromTeacherConfig, StudentConfig, UserError
+from mlkd_dist.models.linears import layer_matrices, part
+from mlkd_dist.models.roles import NAMES
+from mlkd_dist.models.tap import layer_modules
 from mlkd_dist.student import load_student, make_student
 
 BASE = dict(
@@ -38,6 +41,9 @@ FAMILIES = {
         ffn_dim=64,
         word_embed_proj_dim=48,
     ),
+    "GPTNeoX": BASE,
+    "Persimmon": BASE,
+    "Phi": BASE,
     "Llama": BASE | {"num_key_value_heads": 2},
     "Qwen3": BASE | {"num_key_value_heads": 2, "head_dim": 16},
 }
@@ -121,6 +127,33 @@ def test_heads_of_grouped_queries_keep_the_width(tmp_path: Path) -> None:
     assert torch.equal(
         student.layers[0].self_attn.k_proj.weight, truth.layers[0].self_attn.k_proj.weight
     )
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Persimmon"])
+def test_heads_of_joined_queries_keys_and_values_are_regrouped(
+    family: str, heads: int, tmp_path: Path
+) -> None:
+    """Also where those of a head lie side by side: each role still makes the same columns."""
+    teacher = teacher_of(family, tmp_path / "t")
+    student = cut(teacher, tmp_path / "s", heads=heads)
+    truth, x = AutoModel.from_pretrained(teacher), torch.randn(1, 5, 48)
+    ours, theirs = (layer_matrices(layer_modules(model)[2]) for model in (student, truth))
+    (name,) = (name for name in theirs if len(NAMES[name]) == 3)
+    for role in ("query", "key", "value"):
+        expected = part(name, role, theirs[name](x), 4)
+        assert torch.equal(part(name, role, ours[name](x), heads), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "cut_to"),
+    [("Qwen3", {"hidden": 33}), ("Llama", {"hidden": 36}), ("Phi", {"heads": 8})],
+)
+def test_heads_that_positions_cannot_turn_are_refused(
+    family: str, cut_to: dict, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="positions turn .* in pairs; use another width or number"):
+        cut(teacher_of(family, tmp_path / "t"), tmp_path / "s", **cut_to)
 
 
 @pytest.mark.parametrize(("family", "heads"), [("Bert", 5), ("Qwen3", 3)])

@@ -89,6 +89,11 @@ def test_every_method_meets_every_budget_and_seed(written: Any, tmp_path: Path) 
     assert asked.differences == {"soft": {}, "hidden": hidden}
 
 
+def test_a_number_may_be_the_name_of_a_folder(written: Any) -> None:
+    (run, *_) = plan(written(dir=2024), ["baseline=soft"]).runs
+    assert run.config.run.dir == f"2024/runs/{run.name}"
+
+
 def test_a_method_may_be_a_config_of_its_own(written: Any, tmp_path: Path, bert: Path) -> None:
     own = base_of(tmp_path, bert, FILES) | {"run": {"dir": "elsewhere", "seed": 7}}
     own |= {"stages": HIDDEN, "student": {"from_teacher": {"layers": 1}}}

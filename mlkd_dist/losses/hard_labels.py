@@ -23,7 +23,8 @@ def hard_labels(student: Trace, *, label_smoothing: float = 0.0) -> Tensor:  # [
     """-log Q[label], Q = softmax(student.logits) over the last dimension; reads no teacher.
 
     Smoothed by s: (1 - s) of it and s times the mean of -log Q over the classes. 0 where the label
-    is -100, and still part of the graph. One logit is a regression: (z - label)^2 (our reading).
+    is -100, and still part of the graph; the mean is over the others. One logit is a regression:
+    (z - label)^2 (our reading).
     Raises ValueError where labels are missing or not shaped as the logits without their last
     dimension, and for smoothing outside [0, 1) or of a regression.
     """

@@ -40,6 +40,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "attention.query_key_value": ("query", "key", "value"),
     "mlp.dense_h_to_4h": ("up",),
     "mlp.dense_4h_to_h": ("down",),
+    # Persimmon; its other matrices are called as those of GPT-NeoX and Phi
+    "self_attn.query_key_value": ("query", "key", "value"),
     # OPT, Phi, Llama, Mistral, Qwen, Gemma
     "self_attn.q_proj": ("query",),
     "self_attn.k_proj": ("key",),
@@ -56,7 +58,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mlp.down_proj": ("down",),
 }
 # Whose several results alternate head by head; those of the others stand side by side.
-BY_HEAD = ("attention.query_key_value",)
+BY_HEAD = ("attention.query_key_value", "self_attn.query_key_value")
 FAMILIES = (
     "BERT, RoBERTa, XLM-R, ELECTRA, ALBERT, DistilBERT, ModernBERT, GPT-2, GPT-NeoX, OPT, Phi, "
     "Llama, Mistral, Qwen or Gemma"

@@ -134,8 +134,9 @@ def read_study(given: DictConfig) -> Study:
         if not found.get(key):
             raise UserError(f"{key}: this key must be given in the file of a study.")
     study = Study(**found)
-    study.baseline = study.baseline or next(iter(study.methods))
-    study.dir = os.path.expanduser(study.dir)
+    # A number may stand for text, as in any config.
+    study.baseline = str(study.baseline or next(iter(study.methods)))
+    study.dir = os.path.expanduser(str(study.dir))
     for key in ("methods", "budgets"):
         check_names(key, getattr(study, key))
     check_given(study.seeds, list[int], "seeds")

@@ -111,6 +111,13 @@ class Batch:
         return (self.keep if documents is None else self.keep * (documents.amax(1) + 1)).sum()
 
     @property
+    def labelled(self) -> Tensor:  # scalar
+        """How many rows of the logits count and have a label that is known."""
+        if self.labels is None:
+            return self.label_keep.sum() * 0
+        return (self.label_keep & (self.labels != IGNORE)).sum()
+
+    @property
     def sample_mean(self) -> Tensor:  # [B, L]
         """The weight of each token in the mean over its sample."""
         weight, documents = self.mask.float(), self.inputs.get("documents")

@@ -173,11 +173,13 @@ def is_piece(text: Any, start: Any, passage: str) -> bool:
 
 
 def token_span(spans: list[list[int]], answers: list[tuple[str, int]]) -> list[int]:
-    """First and last token of the first answer; 0 and 0 where this window does not hold it all."""
+    """First and last token of the first answer, but for white space at its ends; 0 and 0 where this
+    window does not hold it all."""
     if not answers:
         return [0, 0]
     text, start = answers[0]
-    end = start + len(text)
+    end = start + len(text.rstrip())
+    start += len(text) - len(text.lstrip())
     inside = [i for i, (a, b) in enumerate(spans) if a >= 0 and a < end and b > start]
     whole = inside and spans[inside[0]][0] <= start and spans[inside[-1]][1] >= end
     return [inside[0], inside[-1]] if whole else [0, 0]
