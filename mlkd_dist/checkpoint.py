@@ -6,6 +6,7 @@ its projections. The best student of a run that evaluates is kept beside them as
 exported. Nothing in any of them is code, and the teacher is in none.
 """
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mlkd_dist.config import UserError
 from mlkd_dist.engine import Engine, whole_weights
 from mlkd_dist.low_rank import save
+from mlkd_dist.models.tap import taken_inputs
 from mlkd_dist.processes.signals import say
 from mlkd_dist.processes.world import World, broadcast_object, gather_objects
 from mlkd_dist.run import on_first
@@ -386,9 +388,13 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """The trained weights for `AutoModel*.from_pretrained(folder)`."""
+    """The trained weights for `AutoModel*.from_pretrained(folder)`, beside a tokenizer that gives
+    what this model takes, where that of training may give what its teacher takes too."""
     save(model, folder, weights)
-    tokenizer.save_pretrained(folder)
+    own = copy.copy(tokenizer)
+    own.model_input_names = [n for n in tokenizer.model_input_names if n in taken_inputs(model)]
+    own.init_kwargs = tokenizer.init_kwargs | {"model_input_names": own.model_input_names}
+    own.save_pretrained(folder)
 
 
 def files_below(folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ from mlkd_dist.inputs.sources import fingerprint, locate, read, unit
 from mlkd_dist.tasks import BadRow
 
 # Raised when the meaning of a cached row changes.
-FORMAT = 2
+FORMAT = 3
 # Of an entry of the cache: the bad rows that it was made without.
 BAD_ROWS = "bad_rows.json"
 # The good rows of a source, and what became of the others.
@@ -133,7 +133,8 @@ def describe_tokenizer(tokenizer: Any) -> list[Any]:
     else:
         model = tokenizer.get_vocab()
     sides = [tokenizer.truncation_side, tokenizer.padding_side]
-    return [type(tokenizer).__name__, model, tokenizer.special_tokens_map, sides]
+    names = sorted(tokenizer.model_input_names)
+    return [type(tokenizer).__name__, model, tokenizer.special_tokens_map, sides, names]
 
 
 def cache_folder(cache_dir: str | None) -> Path:

@@ -5,6 +5,7 @@ deepspeed --module mlkd_dist.distill CONFIG [key=value ...]
 """
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -38,6 +39,7 @@ from mlkd_dist.run import (
     source,
     user_errors,
 )
+from mlkd_dist.saving.fingerprints import other_teacher
 from mlkd_dist.saving.resume import open_run
 from mlkd_dist.stage import run_stage, stopped
 from mlkd_dist.watching.validation import Validation
@@ -132,6 +134,7 @@ def distill(config: Config, world: World) -> None:
     """All stages of a run, and its report; or what of it is still to be done."""
     found = check_start(config, world)
     if found == FINISHED:
+        on_first(world, user_errors(lambda: refuse_other_teacher(config)))
         say(f"{config.run.dir!r} is finished; run.overwrite=true makes it anew.")
         return
     if config.teacher.cache is not None:
@@ -140,6 +143,18 @@ def distill(config: Config, world: World) -> None:
         finetune_teacher(config, world)
         config = with_finetuned_teacher(config)
     whole_run(config, world, found, compare=True)
+
+
+def refuse_other_teacher(config: Config) -> None:
+    """Of a run that is done."""
+    if config.teacher.finetune is not None:
+        finished(finetune_config(config))
+    path = with_finetuned_teacher(config).teacher.path
+    if other_teacher(json.loads((Path(config.run.dir) / "report.json").read_text()), path):
+        raise UserError(
+            f"run.dir: {config.run.dir!r} holds a finished run of another teacher than {path!r} is "
+            f"now; choose another folder, or replace it with run.overwrite=true."
+        )
 
 
 def whole_run(config: Config, world: World, found: str, compare: bool) -> None:

@@ -20,6 +20,7 @@ from mlkd_dist.models.model import parameter_count, read_config
 from mlkd_dist.processes.world import all_reduce, barrier, gather_objects
 from mlkd_dist.rules.shapes import shape
 from mlkd_dist.run import Run
+from mlkd_dist.saving import fingerprints
 from mlkd_dist.saving.commit import names, told, write_whole
 from mlkd_dist.tasks import Batch
 from mlkd_dist.teacher import Teacher
@@ -199,6 +200,10 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         facts = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         if best := best_student(run.folder):
             facts["best"] = best
+        if "teacher" in found:
+            facts["teacher_fingerprint"] = fingerprints.model(
+                teacher.path, config.trust_remote_code
+            )
         facts["held_out_rows"] = len(run.held_out)
         facts["bad_rows"] = run.quarantine.counts
         if evaluator.answers.examples:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from mlkd_dist import tasks
@@ -15,9 +14,15 @@ from mlkd_dist.inputs.batches import Sampler
 from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.layer_map import layer_pairs
 from mlkd_dist.low_rank import check_plan
-from mlkd_dist.models.model import load_model, read_config, read_tokenizer, refuse_other_tokenizer
+from mlkd_dist.models.model import (
+    give_all,
+    load_model,
+    read_config,
+    read_tokenizer,
+    refuse_other_tokenizer,
+)
 from mlkd_dist.models.nodes import shard_group
-from mlkd_dist.models.suited import check_kind, check_matrices, check_model
+from mlkd_dist.models.suited import check_attends, check_kind, check_matrices, check_model
 from mlkd_dist.processes.world import World
 from mlkd_dist.rules.prompts import check_answers_fit
 from mlkd_dist.rules.schema import loss_schema
@@ -25,6 +30,7 @@ from mlkd_dist.rules.shapes import Shape, check_shapes, refuse_type, shape
 from mlkd_dist.run import Run, class_count, headless_student, on_first, standing, user_errors
 from mlkd_dist.schedule import opening, total_steps
 from mlkd_dist.student import starting_config
+from mlkd_dist.trace import ATTENTION_READS
 from mlkd_dist.watching.validation import undecided
 from mlkd_kernels import choose
 
@@ -77,6 +83,8 @@ def prepared(config: Config, world: World, student_path: str) -> Run:
 
     def read() -> Run:
         tokenizer = read_tokenizer(student_path, config.trust_remote_code)
+        if config.teacher.path is not None:
+            give_all(tokenizer, read_tokenizer(config.teacher.path, config.trust_remote_code))
         task, data = read_task(config), config.data
         quarantine = Quarantine(data.max_bad)
         train, held_out = prepare(
@@ -130,7 +138,7 @@ def read_task(config: Config) -> Any:
 
 
 def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | None, Shape | None]:
-    """Widths, layers, positions and attention maps, of hub models too; returns the shapes of
+    """Widths, layers and positions, of hub models too; returns the shapes of
     teacher and student."""
     shapes: dict[str, Shape] = {}
     for key, path in (("teacher.path", config.teacher.path), ("student.path", student_path)):
@@ -147,35 +155,8 @@ def check_shapes_of_models(config: Config, student_path: str) -> tuple[Shape | N
             )
         if limit is not None:
             check_answers_fit(config, path, limit)
-        check_maps(config, path, found)
     teacher = shapes.get("teacher.path")
     return teacher, check_shapes(config, teacher, shapes["student.path"])
-
-
-def check_maps(config: Config, path: str, found: PreTrainedConfig) -> None:
-    """That a loss on attention maps would see the model's own: those that softmax makes of all
-    scores of the tokens before, or of all tokens."""
-    losses = [name for stage in config.stages for name in stage.losses]
-    readers = [f"losses.{name}" for name in losses if loss_schema(name).same_heads]
-    readers += ["run.compare_maps"] * config.run.compare_maps
-    if not readers:
-        return
-    name = readers[0]
-    if getattr(found, "attn_logit_softcapping", None):
-        raise UserError(
-            f"{name}: model {path!r} caps its attention scores, so its attention maps are not made "
-            f"of queries and keys alone; leave it out, or use attention_relation."
-        )
-    # What `local_attention` counts lies half before a token and half behind it.
-    both_ways = getattr(found, "local_attention", None) or 0
-    windows = [getattr(found, "sliding_window", None), both_ways // 2]
-    window = min((size for size in windows if size), default=None)
-    if window is not None and config.data.max_length > window:
-        raise UserError(
-            f"data.max_length: {config.data.max_length} is more than the {window} tokens that "
-            f"layers of {path!r} look back, and {name} compares whole attention maps; use {window} "
-            f"or less, or attention_relation."
-        )
 
 
 def check_openings(
@@ -232,9 +213,16 @@ def check_weights(run: Run, student_path: str) -> None:
         )
     for index, stage in enumerate(config.stages):
         for name, options in stage.losses.items():
-            if loss_schema(name).scope == "module":
-                models = loaded[config.teacher.path], loaded[student_path]
-                check_matrices(f"stages[{index}].losses.{name}", options["of"], *models)
+            schema, where = loss_schema(name), f"stages[{index}].losses.{name}"
+            if not schema.in_pairs:
+                continue
+            models = loaded[config.teacher.path], loaded[student_path]
+            student, teacher = (model.config.num_hidden_layers for model in reversed(models))
+            pairs = layer_pairs(options["layers"] or stage.layers, student, teacher)
+            if schema.scope == "module":
+                check_matrices(where, options["of"], pairs, *models)
+            elif set(schema.reads) & set(ATTENTION_READS):
+                check_attends(where, pairs, *models)
 
 
 def check_entries(run: Run, student_path: str) -> None:

@@ -78,6 +78,16 @@ def class_count(run: Run) -> int | None:
     return config.task.labels or max(run.train["labels"]) + 1
 
 
+def class_names(run: Run) -> dict[int, str] | None:
+    """What the teacher calls its classes, which its student learns, whatever it called its own
+    before; None where it has no names for them."""
+    config = run.config
+    if config.task.kind != "classification" or config.teacher.path is None:
+        return None
+    names = read_config(config.teacher.path, config.trust_remote_code).id2label
+    return names if any(name != f"LABEL_{i}" for i, name in names.items()) else None
+
+
 def headless_student(run: Run) -> bool:
     """Whether the student is a folder without the task's head, and gets a new one."""
     config = run.config

@@ -24,7 +24,7 @@ from mlkd_dist.objective import Objective, Widths
 from mlkd_dist.processes.signals import say
 from mlkd_dist.processes.waiting import PATIENCE, wait_at_most
 from mlkd_dist.processes.world import gather_objects
-from mlkd_dist.run import Run, class_count, on_first
+from mlkd_dist.run import Run, class_count, class_names, on_first
 from mlkd_dist.saving import commit
 from mlkd_dist.schedule import learning_rate, opening, total_steps
 from mlkd_dist.step import train_step
@@ -360,7 +360,7 @@ def stage_teacher(
 
 def trainable(run: Run, path: str) -> Any:
     config = run.config
-    return load_student(
+    model = load_student(
         run.task.model_class,
         path,
         config.student,
@@ -368,3 +368,7 @@ def trainable(run: Run, path: str) -> Any:
         class_count(run),
         config.trust_remote_code,
     )
+    if names := class_names(run):
+        model.config.id2label = names
+        model.config.label2id = {name: index for index, name in names.items()}
+    return model

@@ -129,8 +129,15 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, picks: list
     source = teacher.state_dict()
     sizes = dimension_pairs(teacher.config, student.config)
     for name, target in student.state_dict().items():
-        found = source.get(teacher_name(name, *names, picks))
+        theirs = teacher_name(name, *names, picks)
+        found = source.get(theirs)
         if found is None:
+            if theirs.startswith(tuple(names[1])):
+                raise UserError(
+                    f"student.from_teacher.layers: the student would have {name}, for which its "
+                    f"teacher has no {theirs}, since its layers differ; list layers so that each "
+                    f"becomes one of its own kind, such as [0, ...]."
+                )
             continue
         if name.removesuffix(".weight").removesuffix(".bias").endswith(BY_HEAD):
             heads = (m.config.num_attention_heads for m in (teacher, student))

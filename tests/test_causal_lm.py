@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import made_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, RobertaConfig, RobertaForCausalLM
 
 from mlkd_dist import tasks
 from mlkd_dist.config import DataConfig, TaskConfig, UserError
@@ -274,6 +274,27 @@ def test_a_packed_sequence(tokenizer: PreTrainedTokenizerBase) -> None:
     assert batch.sample_mean[1].tolist() == pytest.approx([1 / 4] * 4 + [1 / 3] * 3)
     alone = task.collate(rows, [True, False], tokenizer)
     assert alone.samples.item() == 1 and alone.sample_mean[1].sum().item() == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_may_count_positions_from_its_padding_on(
+    tokenizer: PreTrainedTokenizerBase, side: str
+) -> None:
+    """As RoBERTa does by itself where it gets none."""
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, pad_token_id=0, is_decoder=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config).eval()
+    model.set_attn_implementation("mlkd_tap_sdpa")
+    torch.nn.init.normal_(model.roberta.embeddings.position_embeddings.weight)
+    tokenizer.padding_side = side
+    batch = batch_of(task_of(), tokenizer, {"text": ["w0 w1 w2 w3", "w4 w5"]})
+    trace = capture(model, model, batch.inputs, Needs(frozenset({"logits"})), None)
+    plain = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model(**plain).logits
+    torch.testing.assert_close(trace.logits[batch.mask], expected[batch.mask])
 
 
 @pytest.mark.parametrize(

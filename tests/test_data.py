@@ -370,6 +370,8 @@ def test_whatever_changes_the_tokens_makes_a_new_entry(tmp_path: Path) -> None:
     changed = write_jsonl(tmp_path / "changed.jsonl", [*ROWS[:-1], ROWS[-1] | {"text": "word0"}])
     lower = make_tokenizer()
     lower.truncation_side = "left"
+    typed = make_tokenizer()
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     calls = [
         (source, 0.25, FakeTask(), make_tokenizer(), 8),
         (changed, 0.25, FakeTask(), make_tokenizer(), 8),
@@ -377,6 +379,7 @@ def test_whatever_changes_the_tokens_makes_a_new_entry(tmp_path: Path) -> None:
         (source, 0.25, FakeTask(pooling="cls"), make_tokenizer(), 8),
         (source, 0.25, FakeTask(), make_tokenizer(words=10), 8),
         (source, 0.25, FakeTask(), lower, 8),
+        (source, 0.25, FakeTask(), typed, 8),
         (source, 0.25, FakeTask(), make_tokenizer(), 1),
     ]
     for number, (given, fraction, task, tokenizer, max_length) in enumerate(calls, start=1):

@@ -30,6 +30,7 @@ HEAD, LOGITS = (Needs(frozenset({name})) for name in ("head", "logits"))
 SCALED = {
     "Cohere": dict(vocab_size=64, hidden_size=32, num_attention_heads=4, logit_scale=0.25),
     "Granite": dict(vocab_size=64, hidden_size=32, num_attention_heads=4, logits_scaling=3.0),
+    "HyperCLOVAX": dict(vocab_size=64, hidden_size=32, num_attention_heads=4, logits_scaling=3.0),
 }
 ENCODERS = ("Bert", "Roberta", "XLMRoberta", "Electra", "Albert", "DistilBert", "ModernBert")
 

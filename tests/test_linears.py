@@ -16,7 +16,7 @@ from mlkd_dist.models.tap import capture, layer_modules
 from mlkd_dist.trace import LAYER_READS, Layer, Needs, Trace
 
 GATED = ("ModernBert", "Llama", "Mistral", "Qwen3", "Gemma2")
-# Those that turn queries and keys by their position, which keeps lengths; OPT scales its query.
+# Those that turn queries and keys by their position, which keeps lengths.
 ROTARY = ("ModernBert", "GPTNeoX", "Llama", "Mistral", "Phi", "Gemma2")
 FIELDS = ("input", "output", "apply")
 
@@ -78,7 +78,7 @@ def test_each_role_is_what_the_family_makes_of_it(family: str, factorised: bool)
 
 
 def attention(family: str, layer: Layer, width: int) -> None:
-    """What enters attention is what its matrices give, turned, normalised or scaled by some."""
+    """What enters attention is what its matrices give, turned or normalised by some."""
     found = layer.matrices
     assert torch.allclose(found["value"].output, layer.value, atol=1e-6)
     assert torch.allclose(found["output"].input, layer.context, atol=1e-6)
@@ -87,8 +87,6 @@ def attention(family: str, layer: Layer, width: int) -> None:
         given, used = found[role].output, getattr(layer, role)
         if family in ROTARY:
             given, used = lengths(given, width), lengths(used, width)
-        if family == "OPT" and role == "query":
-            given = given * width**-0.5
         # Qwen-3 normalises both after the projection.
         if family != "Qwen3":
             assert torch.allclose(given, used, atol=1e-4), role

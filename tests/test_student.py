@@ -145,6 +145,21 @@ def test_heads_of_joined_queries_keys_and_values_are_regrouped(
         assert torch.equal(part(name, role, ours[name](x), heads), expected)
 
 
+def test_a_layer_becomes_one_of_its_own_kind(tmp_path: Path) -> None:
+    """Here the first one alone has a dense feed-forward, and says so by its index."""
+    experts = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
+    config = transformers.Qwen3MoeConfig(**BASE, **experts, mlp_only_layers=[0])
+    teacher = write_model(tmp_path / "t", config, AutoModel)
+    with pytest.raises(UserError, match=r"have layers.0.mlp.gate_proj.weight, .* no layers.1.mlp"):
+        cut(teacher, tmp_path / "s", layers=[1, 2])
+    student, truth = cut(teacher, tmp_path / "s", layers=[0, 3]), AutoModel.from_pretrained(teacher)
+    for ours, theirs in ((0, 0), (1, 3)):
+        names = [
+            layer_modules(model)[i].state_dict() for model, i in ((student, ours), (truth, theirs))
+        ]
+        assert all(torch.equal(names[0][name], weight) for name, weight in names[1].items())
+
+
 @pytest.mark.parametrize(
     ("family", "cut_to"),
     [("Qwen3", {"hidden": 33}), ("Llama", {"hidden": 36}), ("Phi", {"heads": 8})],

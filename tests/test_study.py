@@ -21,10 +21,12 @@ from conftest import ROOT, run_config
 from mlkd_dist import cli
 from mlkd_dist import config as configs
 from mlkd_dist.config import UserError
+from mlkd_dist.distill import refuse_other_teacher
+from mlkd_dist.saving.fingerprints import model
 from mlkd_dist.studies import runs as study_runs
 from mlkd_dist.studies.folder import alone
 from mlkd_dist.studies.plot import write_plots
-from mlkd_dist.studies.results import summary, write_results
+from mlkd_dist.studies.results import results, summary, write_results
 from mlkd_dist.studies.study import Plan, plan
 
 HIDDEN = [{"name": "all", "steps": 5, "losses": {"hidden_mse": {}}}]
@@ -359,9 +361,9 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     told = tmp_path / "told"
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
 
-    def put(extra: str = "") -> Any:
+    def put(extra: str = "", replaced: tuple[str, str] = ("", "")) -> Any:
         script = tmp_path / "fake.py"
-        script.write_text(FAKE.format(told=told, extra=extra))
+        script.write_text(FAKE.format(told=told, extra=extra).replace(*replaced))
         monkeypatch.setattr(study_runs, "PROGRAM", [sys.executable, str(script)])
 
         def made() -> list[str]:
@@ -401,6 +403,43 @@ def test_only_what_is_not_there_is_made(written: Any, program: Any, tmp_path: Pa
     assert made() == ["all/soft/seed-2", "all/hidden/seed-2"]
     assert study_runs.main(path, ["optim.lr=0.5", "overwrite=true", "seeds=[0]"]) == 0
     assert made() == ["all/soft/seed-0", "all/hidden/seed-0"]
+
+
+def test_runs_of_another_teacher_are_not_taken_for_these(
+    written: Any, program: Any, bert: Path
+) -> None:
+    report = "json.dumps(dict(student=student"
+    told = f"{report}, teacher_fingerprint=model(config.teacher.path)"
+    made = program("from mlkd_dist.saving.fingerprints import model", (report, told))
+    path = str(written())
+    assert study_runs.main(path, []) == 0 and len(made()) == 4
+    assert study_runs.main(path, []) == 0 and made() == []
+    # The same path, another model.
+    (bert / "config.json").write_text((bert / "config.json").read_text() + " ")
+    with pytest.raises(UserError, match=r"other settings \(what .*bert holds"):
+        study_runs.main(path, [])
+    assert made() == [] and not results(plan(path))
+    assert study_runs.main(path, ["overwrite=true"]) == 0 and len(made()) == 4
+
+
+def test_a_finished_run_of_another_teacher_is_not_taken_for_this(
+    tmp_path: Path, bert: Path
+) -> None:
+    config = configs.from_mapping(base_of(tmp_path, bert, FILES))
+    run = Path(config.run.dir)
+    run.mkdir()
+    (run / "report.json").write_text(json.dumps({"teacher_fingerprint": model(str(bert))}))
+    refuse_other_teacher(config)
+    text = (bert / "config.json").read_text()
+    (bert / "config.json").write_text(text + " ")
+    with pytest.raises(UserError, match="finished run of another teacher than .*bert' is now"):
+        refuse_other_teacher(config)
+    # One that is gone says nothing, nor does a report from before fingerprints.
+    config.teacher.path = str(tmp_path / "gone")
+    refuse_other_teacher(config)
+    config.teacher.path = str(bert)
+    (run / "report.json").write_text("{}")
+    refuse_other_teacher(config)
 
 
 def test_a_run_that_fails_leaves_the_others(

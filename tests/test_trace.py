@@ -122,10 +122,7 @@ def test_attention_is_made_of_what_is_shown(family: str) -> None:
         x = x.unflatten(-1, (-1, width)).transpose(1, 2)
         return x.repeat_interleave(heads // x.shape[1], dim=1)
 
-    # OPT scales its query before attention sees it.
-    scale = (
-        1.0 if family == "OPT" else getattr(model.config, "query_pre_attn_scalar", width) ** -0.5
-    )
+    scale = getattr(model.config, "query_pre_attn_scalar", width) ** -0.5
     scores = split(layer.query) @ split(layer.key).mT * scale
     if family == "Gemma2":
         cap = model.config.attn_logit_softcapping
@@ -155,7 +152,7 @@ def test_attention_is_made_of_what_is_shown(family: str) -> None:
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Gemma2"])
 def test_a_layer_knows_how_its_attention_map_is_made(family: str) -> None:
     """softmax(scale <query, key>) is what transformers itself says, by head, where tokens are
-    padded too. Gemma-2 caps its scores: preflight.py refuses it."""
+    padded too. Gemma-2 caps its scores: suited.py refuses it."""
     tapped = model_of(family, "mlkd_tap_sdpa").eval()
     plain, inputs = model_of(family, "eager").eval(), text()
     trace = capture(tapped, tapped, inputs, EVERYTHING, None)
@@ -207,6 +204,17 @@ def test_layers_know_whether_they_look_back_only(family: str) -> None:
     later["input_ids"][0, -1] = 60
     other = capture(model, model, later, EVERYTHING, None).layers[1]
     assert layer.causal == torch.allclose(layer.context[0, :-1], other.context[0, :-1], atol=1e-6)
+
+
+def test_queries_are_what_their_matrix_makes() -> None:
+    """Also where they are scaled before attention."""
+    model = model_of("OPT", "mlkd_tap_sdpa").eval()
+    made = []
+    matrix = model.decoder.layers[1].self_attn.q_proj
+    matrix.register_forward_hook(lambda _, args, output: made.append(output))
+    layer = capture(model, model, text(), EVERYTHING, None).layers[1]
+    torch.testing.assert_close(layer.query, made[0])
+    assert layer.scale == pytest.approx(8**-0.5)
 
 
 def test_only_what_is_needed_is_kept() -> None:

@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mlkd_dist.rules.allowed import UserError
+
 # What the head is taken to say while it is watched: what the model makes of these tells its scale
 # and its soft cap.
 PROBE = (-2.0, 0.5, 3.0)
-PROBED: WeakSet[PreTrainedModel] = WeakSet()
+PROBED: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -167,24 +169,26 @@ def check_linear_head(model: PreTrainedModel, path: str) -> None:
 
 def head_of(model: PreTrainedModel, output: Any) -> Head:
     """The head of a model that has just run with it watched, and gave `output`."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
-    soft_cap = getattr(config, "final_logit_softcapping", None)
-    head = Head(model.get_output_embeddings(), scale, soft_cap)
     if model not in PROBED:
-        check_probe(model, head, output.logits)
-        PROBED.add(model)
-    return head
+        PROBED[model] = probed(model, output.logits)
+    scale, soft_cap = PROBED[model]
+    return Head(model.get_output_embeddings(), scale, soft_cap)
 
 
-def check_probe(model: PreTrainedModel, head: Head, seen: Tensor) -> None:
-    """That the model does to its logits what its config says, and no more."""
+def probed(model: PreTrainedModel, seen: Tensor) -> tuple[float, float | None]:
+    """Scale and soft cap of its logits: what its config says, checked by what it made of PROBE.
+    Granite divides by what it calls logits_scaling, HyperCLOVA X multiplies by it."""
+    config = model.config.get_text_config()
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+    scaling = getattr(config, "logits_scaling", 1)
     probe = torch.tensor(PROBE).unsqueeze(-1)
-    expected = HeadRows(probe, torch.ones(1, 1), head.scale, head.soft_cap).logits().squeeze(-1)
     found = seen.detach().flatten(0, -2)[0].float().cpu()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02):
-        raise ValueError(
-            f"{type(model).__name__} changes its logits in a way that is not known here "
-            f"({list(PROBE)} becomes {found.tolist()}); losses over a vocabulary need a model "
-            f"whose logits are scaled or soft-capped at most."
-        )
+    for scale in (getattr(config, "logit_scale", None) or 1 / scaling, scaling):
+        expected = HeadRows(probe, torch.ones(1, 1), scale, soft_cap).logits().squeeze(-1)
+        if found.shape == expected.shape and torch.allclose(found, expected, rtol=0.02):
+            return scale, soft_cap
+    raise UserError(
+        f"{type(model).__name__} changes its logits in a way that is not known here "
+        f"({list(PROBE)} becomes {found.tolist()}); losses over a vocabulary need a model "
+        f"whose logits are scaled or soft-capped at most."
+    )

@@ -75,14 +75,23 @@ def refuse_other_tokenizer(
             f"differ, among them {shown}; use a student with the teacher's tokenizer, or "
             f"student.from_teacher."
         )
+    give_all(student, teacher)
     sample = "The same text, split & marked the same way: naïve #42!"
-    if student(sample)["input_ids"] != teacher(sample)["input_ids"]:
-        raise UserError(
-            f"teacher {teacher_path!r} and student {student_path!r} have the same vocabulary but "
-            f"split or mark text "
-            "differently (lower case, or special tokens); use a student with the teacher's "
-            "tokenizer."
-        )
+    for texts in ((sample,), (sample, "Beside it another.")):
+        ours, theirs = student(*texts), teacher(*texts)
+        if any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()):
+            raise UserError(
+                f"teacher {teacher_path!r} and student {student_path!r} have the same vocabulary "
+                "but split or mark text differently (lower case, special tokens, or token types); "
+                "use a student with the teacher's tokenizer."
+            )
+
+
+def give_all(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Has the student's tokenizer give what either model takes: BERT wants the token types of which
+    DistilBERT knows nothing."""
+    names = [*student.model_input_names, *teacher.model_input_names]
+    student.model_input_names = list(dict.fromkeys(names))
 
 
 def cut_layers(config: PreTrainedConfig, picks: list[int]) -> PreTrainedConfig:

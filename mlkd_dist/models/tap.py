@@ -128,10 +128,20 @@ def tapped(inner: str) -> Callable[..., Any]:
         if recorder := RECORDING.get():
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", False) if causal is None else causal
-            recorder.attention(query, key, value, context, kwargs.get("scaling"), causal)
+            query, scale = unscaled(module, query, kwargs.get("scaling"))
+            recorder.attention(query, key, value, context, scale, causal)
         return context, weights
 
     return attention
+
+
+def unscaled(module: nn.Module, query: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
+    """Queries as their matrix makes them, and the scale of their scores: OPT scales its queries
+    before attention, which then has none to apply."""
+    own = getattr(module, "scaling", None)
+    if scale != 1 or own in (None, 1):
+        return query, scale
+    return query / own, own
 
 
 def tapped_mask(inner: str) -> Callable[..., Any]:
@@ -219,6 +229,20 @@ def logits_of(output: Any, mask: Tensor) -> Tensor:
     return spans.masked_fill(~mask.unsqueeze(1), float("-inf"))
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """0, but for models that count positions from their padding token's number on, as RoBERTa."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    pads = (getattr(table, "padding_idx", None) for table in tables)
+    return next((pad + 1 for pad in pads if pad is not None), 0)
+
+
+def taken_inputs(model: PreTrainedModel) -> set[str]:
+    """What its forward takes; of RoBERTa not the token types, of which it has one only."""
+    taken = set(inspect.signature(model.forward).parameters)
+    one_type = getattr(model.config, "type_vocab_size", 2) == 1
+    return taken - {"token_type_ids"} if one_type else taken
+
+
 def capture(
     run: Callable[..., Any],
     model: PreTrainedModel,
@@ -228,12 +252,10 @@ def capture(
 ) -> Trace:
     """`run(**inputs)`, where `run` is the model or the engine around it, and what it showed."""
     trace = Trace(inputs["attention_mask"].bool(), head_count(model), labels=labels)
-    # A tokenizer may give more than a family takes, such as token types, of which RoBERTa has one
-    # only; only decoders know a cache.
-    taken = set(inspect.signature(model.forward).parameters)
-    if getattr(model.config, "type_vocab_size", 2) == 1:
-        taken.discard("token_type_ids")
-    given = {"use_cache": False, **inputs}
+    # A tokenizer may give more than a family takes; only decoders know a cache.
+    taken, given = taken_inputs(model), {"use_cache": False, **inputs}
+    if "position_ids" in given and (first := first_position(model)):
+        given["position_ids"] = given["position_ids"] + first
     with ExitStack() as stack:
         watcher = stack.enter_context(watched_head(model)) if "head" in needs.model else None
         stack.enter_context(recording(model, needs, trace))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,14 @@ def model(path: str, trust_remote_code: bool = False) -> str:
         return str(read_config(path, trust_remote_code)._commit_hash)
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
     return short("\n".join(f"{file.name} {content(file)}" for file in files))
+
+
+def other_teacher(report: dict[str, Any], path: str | None) -> bool:
+    """Whether a run that is done had another teacher than the folder now holds; one that is gone
+    does not show."""
+    told = report.get("teacher_fingerprint")
+    there = path is not None and Path(resolve_path(path)).is_dir()
+    return there and told is not None and told != model(path)
 
 
 def content(path: Path) -> str:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from mlkd_dist.config import Config, UserError
 from mlkd_dist.rules.settings import below, decisive, differences, flat, read_back
+from mlkd_dist.saving.fingerprints import other_teacher
 from mlkd_dist.studies.study import HEADER, Plan, Planned
 
 # Settings that leave the export alone and change what the report says of it, and of its speed.
@@ -52,9 +53,12 @@ def alone(folder: Path) -> Iterator[IO[str]]:
 def finished(run: Planned, overwrite: bool) -> bool:
     """Whether this run is there already. UserError where a finished one has other settings, unless
     it may be replaced."""
-    if report_of(run.folder) is None or not (run.folder / "export").is_dir():
+    report = report_of(run.folder)
+    if report is None or not (run.folder / "export").is_dir():
         return False
     changes = other_settings(run)
+    if other_teacher(report, run.config.teacher.path):
+        changes.append(f"what {run.config.teacher.path} holds")
     if changes and not overwrite:
         raise UserError(
             f"{run.folder}: this finished run has other settings ({changes[0]}"

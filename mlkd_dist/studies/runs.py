@@ -36,10 +36,10 @@ def main(path: str, words: list[str]) -> int:
     check_jobs(asked)
     check_folder(asked.folder)
     with alone(asked.folder) as lock:
-        reused = [run for run in asked.runs if finished(run, asked.study.overwrite)]
+        there(asked)
         save(asked)
         with Children(lock, asked.study.jobs, asked.base.launch.processes) as children:
-            code = make_teacher(asked, children) or make_runs(asked, reused, children)
+            code = make_teacher(asked, children) or make_runs(asked, children)
         table = write_results(asked)
         print(f"\n{table}\n")
         for line in write_plots(asked):
@@ -72,9 +72,16 @@ def make_teacher(asked: Plan, children: "Children") -> int:
     return told_failure(code, path.with_suffix(".log"))
 
 
-def make_runs(asked: Plan, reused: list[Planned], children: "Children") -> int:
+def there(asked: Plan) -> list[Planned]:
+    """The finished runs. UserError where one is of another study."""
+    return [run for run in asked.runs if finished(run, asked.study.overwrite)]
+
+
+def make_runs(asked: Plan, children: "Children") -> int:
     """The exit code of the study. A run that fails does not keep the others from being made, but
-    for a mistake of the user, which all are likely to share."""
+    for a mistake of the user, which all are likely to share. What is there is looked at again,
+    beside the teacher that was just made."""
+    reused = there(asked)
     print(f"{len(asked.runs)} runs, {len(reused)} of them finished", flush=True)
     waiting = [run for run in asked.runs if run not in reused]
     worst, count = 0, len(reused)
