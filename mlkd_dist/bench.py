@@ -37,6 +37,7 @@ from mlkd_dist.preflight import check_start, prepared
 from mlkd_dist.processes.world import World, barrier, gather_objects
 from mlkd_dist.rules.schema import loss_options, loss_schema
 from mlkd_dist.run import Run, class_count, on_first, source, starting_student, user_errors
+from mlkd_dist.saving.commit import writable
 from mlkd_dist.schedule import learning_rate, total_steps
 from mlkd_dist.stage import stage_objective, stage_teacher, train_step, trainable
 from mlkd_dist.student import Student
@@ -202,7 +203,7 @@ def bench(config: Config, world: World) -> None:
             "teacher.cache: `mlkd bench` times steps with their teacher; add teacher.cache=null."
         )
     out = Path(config.bench.out or f"{config.run.dir.rstrip('/')}-bench.json")
-    if out.is_dir() or not (out.parent.is_dir() or config.bench.out is None):
+    if config.bench.out is not None and not writable(out):
         raise UserError(f"bench.out: {str(out)!r} cannot be written; name a file in a folder.")
     with own_folder(config, world) as folder:
         config = copy.deepcopy(config)

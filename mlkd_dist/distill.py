@@ -36,9 +36,12 @@ from mlkd_dist.run import (
     headless_student,
     list_bad_rows,
     on_first,
+    other_settings,
     source,
+    told,
     user_errors,
 )
+from mlkd_dist.saving.commit import unfinished
 from mlkd_dist.saving.fingerprints import other_teacher
 from mlkd_dist.saving.resume import open_run
 from mlkd_dist.stage import run_stage, stopped
@@ -224,14 +227,24 @@ def cache(config: Config, world: World) -> None:
 
 
 def evaluate(config: Config, world: World) -> None:
-    """The report of a run that is done, once more."""
+    """The report of a run that is done, once more; with other settings it is only shown."""
     config = with_finetuned_teacher(config)
-    export = Path(config.run.dir) / "export"
-    if not export.is_dir():
+    folder = Path(config.run.dir)
+    if not (folder / "export").is_dir():
         raise UserError(f"run.dir: {config.run.dir!r} has no export; run `mlkd distill` first.")
-    run = prepared(config, world, str(export))
-    list_bad_rows(run)
-    report(Evaluator(run))
+    if unfinished(folder, len(config.stages)):
+        raise UserError(
+            f"run.dir: {config.run.dir!r} is not done, and its export is that of an earlier stage; "
+            f"run `mlkd distill` to its end first."
+        )
+    run = prepared(config, world, str(folder / "export"))
+    with alone(folder, world):
+        changed = other_settings(config, by_name=True)
+        if not changed:
+            list_bad_rows(run)
+        report(Evaluator(run), written=not changed)
+    if changed:
+        say(f"report.json is left as it is: this is of other settings ({told(changed)}).")
 
 
 COMMANDS = {

@@ -290,7 +290,20 @@ def student_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, lr_scheduler=schedule, config=student_config(config)
     )
+    take_back_first_step(engine)
     return engine
+
+
+def take_back_first_step(engine: Engine) -> None:
+    """At ZeRO 0 with bf16 weights DeepSpeed 0.19.8 makes the moments by a step on gradients of
+    zero, which counts as one and decays the weights."""
+    wrapped = engine.optimizer
+    if not hasattr(wrapped, "fp32_groups"):
+        return
+    wrapped.optimizer.state.clear()
+    for ours, theirs in zip(wrapped.fp32_groups, wrapped.fp16_groups, strict=True):
+        for exact, used in zip(ours, theirs, strict=True):
+            exact.data.copy_(used.data)
 
 
 def backward(engine: Engine, loss: Tensor) -> None:

@@ -178,8 +178,17 @@ def best_student(folder: Path) -> dict[str, Any] | None:
     return found and {key: found[key] for key in ("step", "measure", "value")}
 
 
-def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
-    """report.json and a table: the teacher beside the student before and after."""
+def student_before(folder: Path) -> dict[str, Any] | None:
+    """As an earlier report of this run had it."""
+    try:
+        return json.loads((folder / "report.json").read_text()).get("student_before")
+    except FileNotFoundError:
+        return None
+
+
+def report(evaluator: Evaluator, before: Evaluation | None = None, written: bool = True) -> None:
+    """report.json where it is to be written, and a table: the teacher beside the student before and
+    after. What an earlier report said of the student before stays."""
     run = evaluator.run
     config, world = run.config, run.world
     student, student_path = config.student, str(run.folder / "export")
@@ -197,6 +206,8 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         if maps is not None:
             found["student"][1]["agreement"]["attention_kl"] = maps
         columns = {name: facts for name, (_, facts) in found.items()}
+        if written and before is None and (earlier := student_before(run.folder)):
+            columns = columns | {"student before": earlier, "student": columns.pop("student")}
         facts = {name.replace(" ", "_"): facts for name, facts in columns.items()}
         if best := best_student(run.folder):
             facts["best"] = best
@@ -208,8 +219,9 @@ def report(evaluator: Evaluator, before: Evaluation | None = None) -> None:
         facts["bad_rows"] = run.quarantine.counts
         if evaluator.answers.examples:
             facts["answered_rows"] = len(evaluator.answers.examples)
-        write_whole(run.folder / "report.json", json.dumps(facts, indent=2) + "\n")
-        print(f"\n{table(columns, config.batch.evaluation)}\n")
+        if written:
+            write_whole(run.folder / "report.json", json.dumps(facts, indent=2) + "\n")
+        print(f"\n{table(columns, min(config.batch.evaluation, len(run.held_out)))}\n")
         print(f"held out: {len(run.held_out)} texts   student: {run.folder / 'export'}")
         if best:
             print(

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 from mlkd_dist.config import HEADER, UserError
+from mlkd_dist.rules.settings import read_back
+from mlkd_dist.saving.commit import unfinished
 
 
 def export(run: str, out: str | None, dense: bool) -> str:
@@ -69,6 +71,12 @@ def exported(run: str) -> Path:
         raise UserError(f"{run!r} is no run folder; give the run.dir of a `mlkd distill`.")
     if not (folder / "export" / "config.json").is_file():
         raise UserError(f"{run!r} has no export yet; run `mlkd distill` to its end first.")
+    config = read_back(made)
+    if config is not None and unfinished(folder, len(config.stages)):
+        raise UserError(
+            f"{run!r} is not done, and its export is that of an earlier stage; run `mlkd distill` "
+            f"to its end first."
+        )
     return folder / "export"
 
 

@@ -20,8 +20,11 @@ def total_steps(length: StageConfig | FinetuneConfig, steps_per_epoch: int) -> i
 
 
 def warmup_steps(optim: OptimConfig, steps: int) -> int:
-    """A share of the stage if under 1, else a number of steps, at most the whole stage."""
-    return min(steps, math.ceil(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup))
+    """A share of the stage if under 1, else a number of steps; at most all but the last, since the
+    first of a warm-up has a rate of 0."""
+    # 0.07 of 100 is 7 and a rounding error.
+    share = math.ceil(round(optim.warmup * steps, 6))
+    return min(steps - 1, share if optim.warmup < 1 else int(optim.warmup))
 
 
 def learning_rate(optim: OptimConfig, steps: int) -> Callable[[Optimizer], object]:

@@ -1,6 +1,7 @@
 """The student: cut out of a teacher into a folder, its matrices factorised where that is asked for,
 and the module that trains it together with its projections."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,23 @@ def load_student(
 
 
 def turn_off_dropout(model: PreTrainedModel) -> None:
-    """In the modules only: the config, which is exported, keeps what the model came with."""
+    """In the modules only: the config, which is exported, keeps what the model came with. Where
+    their forward reads a share from it, they get a copy."""
+    config = copy.deepcopy(model.config)
+    without_dropout(config)
     for module in model.modules():
+        without_dropout(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "dropout_prob", "activation_dropout"):
-            if isinstance(vars(module).get(name), float):
-                setattr(module, name, 0.0)
+        if vars(module).get("config") is model.config and not isinstance(module, PreTrainedModel):
+            module.config = config
+
+
+def without_dropout(holder: object) -> None:
+    """Every share to drop that it holds: `dropout`, `attention_dropout`, `layerdrop`, ..."""
+    for name, value in list(vars(holder).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)
 
 
 class Student(nn.Module):

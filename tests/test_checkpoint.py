@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from mlkd_dist import checkpoint, run
 from mlkd_dist.checkpoint import Checkpoints, NotSaved, Position, position
 from mlkd_dist.config import Config, RunConfig, UserError
-from mlkd_dist.engine import backward, student_engine
+from mlkd_dist.engine import DTYPES, backward, student_engine
 from mlkd_dist.processes.signals import Signals
 from mlkd_dist.processes.world import World
 from mlkd_dist.saving import commit
@@ -137,6 +137,28 @@ def test_a_shard_is_copied_before_training_goes_on(tmp_path: Path, one_process: 
     after = load_file(tmp_path / "after")
     changed = {key for key in now if not torch.equal(now[key], after[key])}
     assert {key.split(":")[0] for key in changed} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_bf16_weights_train_as_fp32_ones_do_from_the_first_step(
+    zero_stage: int, one_process: None
+) -> None:
+    """DeepSpeed would make a step of its own before, of which the weights decay."""
+    config = Config()
+    config.student.zero_stage, config.optim.weight_decay = zero_stage, 0.1
+    moved = []
+    for dtype in ("fp32", "bf16"):
+        config.student.dtype = dtype
+        torch.manual_seed(0)
+        matrix = torch.nn.Linear(8, 8, bias=False)
+        matrix.weight.data = matrix.weight.data.bfloat16().to(DTYPES[dtype])
+        before = matrix.weight.detach().float().clone()
+        made = student_engine(matrix, config, lambda o: get_scheduler("constant", o), 0.5)
+        backward(made, made(torch.ones(2, 8, dtype=DTYPES[dtype])).float().square().sum())
+        made.step()
+        moved.append(matrix.weight.detach().float() - before)
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=4e-3)
+    assert moved[0].abs().min() > 0.4
 
 
 def test_processes_settle_once_none_writes_any_more() -> None:

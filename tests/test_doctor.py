@@ -222,7 +222,7 @@ def test_the_exit_code_says_whether_something_fails(
         (["proceses=2"], "did you mean 'processes'"),
         (["optim.lr=1"], "without a config"),
         (["processes=0"], "processes: '0' is not allowed"),
-        (["json=/no/such/folder/x.json"], "lies in no folder"),
+        (["json=/no/such/folder/x.json"], "cannot be written"),
         (["no.yaml"], "no such file"),
     ],
 )

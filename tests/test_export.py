@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import world_of_one
 from test_low_rank import student_of, teacher_of
 from test_trace import text
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import mlkd_dist
 from mlkd_dist import cli
+from mlkd_dist.checkpoint import Checkpoints, Position
 from mlkd_dist.config import HEADER
+from mlkd_dist.processes.world import World
 
 CLASSES = AutoModelForSequenceClassification
 
@@ -50,6 +53,28 @@ def test_without_a_place_it_is_only_read(run: Path, mlkd: Callable) -> None:
     numbers = sum(p.numel() for p in student.parameters())
     assert f"BertForSequenceClassification, {numbers:,} parameters" in said
     assert f"mlkd_dist.load_student('{run}/export')" in said
+
+
+def test_the_student_of_an_earlier_stage_is_not_handed_out(
+    run: Path, tmp_path: Path, mlkd: Callable
+) -> None:
+    stage = "{steps: 1, losses: {hidden_mse: {}}}"
+    (run / "config.yaml").write_text(
+        f"{HEADER}stages: [{stage}, {stage}]\ndata: {{train: rows.jsonl}}\n"
+    )
+    checkpoints = Checkpoints(run, World(0, 1, 0, torch.device("cpu")), keep=2)
+
+    def at(stage: int, step: int, done: bool) -> None:
+        with world_of_one():
+            checkpoints.commit(Position(stage, step, stage), lambda _: [], {"stage_done": done})
+
+    for number, (stage, step, finished) in enumerate(((0, 1, True), (1, 1, False), (1, 2, True))):
+        at(stage, step, finished)
+        code, _, said = mlkd(run, tmp_path / f"out-{number}")
+        if finished and stage == 1:
+            assert code == 0
+        else:
+            assert code == 2 and "is not done, and its export is that of an earlier" in said[0]
 
 
 def test_a_copy_is_the_same_student(run: Path, tmp_path: Path, mlkd: Callable) -> None:

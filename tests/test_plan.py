@@ -406,7 +406,9 @@ def test_what_does_not_fit_is_said(large: str, tmp_path: Path) -> None:
         ("node_bandwidth=0", "node_bandwidth: 0.0 is not allowed"),
         ("gpu_memory=-1", "gpu_memory: -1.0 is not allowed"),
         ("gpu_memry=80", "did you mean 'gpu_memory'"),
-        ("out=nowhere/at/all.yaml", "no such folder"),
+        ("out=nowhere/at/all.yaml", "cannot be written; name a file"),
+        ("json=", "json: '' cannot be written"),
+        ("reserve=nan", "reserve: nan is not allowed"),
     ],
 )
 def test_wrong_words_are_refused(word: str, message: str) -> None:

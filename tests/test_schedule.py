@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mlkd_dist.config import OpenConfig, StageConfig, UserError
-from mlkd_dist.schedule import Opening, opening
+from mlkd_dist.config import OpenConfig, OptimConfig, StageConfig, UserError
+from mlkd_dist.schedule import Opening, opening, warmup_steps
 
 LAYERS = [0, 2, 5]
 
@@ -126,6 +126,25 @@ def test_a_run_that_continues_with_fewer_layers_is_at_the_classifier() -> None:
     after = Opening(rule(), LAYERS[2:], 12)
     after.load_state_dict(before.state_dict())
     assert runs(played(after, [None] * 5, start=7)) == [((), True, 5)]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"),
+    [
+        (0.1, 100, 10),
+        (0.07, 100, 7),
+        (0.14, 50, 7),
+        (0.1, 1, 0),
+        (0.1, 5, 1),
+        (3, 10, 3),
+        (9, 4, 3),
+    ],
+)
+def test_a_warm_up_is_a_share_or_a_number_of_steps(
+    warmup: float, steps: int, expected: int
+) -> None:
+    """A step at a rate of 0 is not all of a stage."""
+    assert warmup_steps(OptimConfig(warmup=warmup), steps) == expected
 
 
 def test_all_at_once_needs_no_rule() -> None:

@@ -222,6 +222,32 @@ def test_missing_weights_are_refused_unless_a_new_head_is_asked_for(tmp_path: Pa
     assert model.config.num_labels == model.classifier.out_features == 5
 
 
+DROPS = ("dropout", "attention_dropout", "residual_dropout", "embedding_dropout", "layerdrop")
+DROPPING = {
+    **{family: FAMILIES[family] for family in ("Bert", "GPT2", "OPT", "Persimmon", "Llama")},
+    "Starcoder2": BASE | {"num_key_value_heads": 2},
+    "SeedOss": BASE | {"num_key_value_heads": 2, "head_dim": 12},
+    "GPTBigCode": BASE,
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_that_is_off_is_off_in_every_family(family: str, tmp_path: Path) -> None:
+    """And what is exported has it as it came."""
+    config = getattr(transformers, f"{family}Config")(**DROPPING[family])
+    shares = {n: 0.4 for n in vars(config) if n in DROPS or "pdrop" in n or n.endswith("dropout")}
+    for name, value in (shares | {"hidden_dropout_prob": 0.4}).items():
+        setattr(config, name, value)
+    folder = write_model(tmp_path / "t", config, AutoModel)
+    found, inputs = {}, text()
+    for dropout in (False, True):
+        settings = StudentConfig(dropout=dropout)
+        model = load_student(AutoModel, str(folder), settings, {}, None, False).train()
+        found[dropout] = [model(**inputs)[0] for _ in range(2)]
+        assert {n: getattr(model.config, n) for n in shares} == shares
+    assert torch.equal(*found[False]) and not torch.equal(*found[True])
+
+
 def test_checkpointing_that_a_family_lacks_is_refused(tmp_path: Path) -> None:
     settings = StudentConfig(activation_checkpointing="non_reentrant")
     with pytest.raises(UserError, match="AlbertModel does not support it; use none"):

@@ -317,6 +317,20 @@ def test_means_spreads_and_paired_differences(written: Any, tmp_path: Path) -> N
     assert "](runs/all/hidden/seed-0/metrics.jsonl)" in text
 
 
+def test_budgets_of_other_held_out_rows_have_a_teacher_each(written: Any, tmp_path: Path) -> None:
+    asked = plan(written(budgets={"short": {"data.max_length": 8}, "long": None}))
+    finish(asked, {run.name: 0.5 for run in asked.runs})
+    for run in asked.runs:
+        path = run.folder / "report.json"
+        told = json.loads(path.read_text())
+        told["teacher"]["quality"]["accuracy"] = 0.7 if run.budget == "short" else 0.9
+        path.write_text(json.dumps(told))
+    (asked.runs[0].folder / "report.json").unlink()
+    tables = write_results(asked)
+    assert "| teacher | short | | 0.7000 |" in tables and "| teacher | long | | 0.9000 |" in tables
+    assert "| teacher | | | 0.00 M |" in tables
+
+
 @pytest.mark.parametrize("budgets", [{"all": None}, {"few": {"data.train_rows": 4}, "all": None}])
 def test_a_plot_for_each_measure(written: Any, tmp_path: Path, budgets: dict) -> None:
     pytest.importorskip("matplotlib")

@@ -112,6 +112,10 @@ def test_regression_measures() -> None:
     assert task.loss(outputs) == {"loss": agreement["mse"]}
     # The same number for every text has no correlation with anything.
     assert task.quality(outputs | {"value": torch.ones(4)}) == {}
+    assert task.quality(outputs | {"value": said / 0 * 0}) == {}
+    # A large mean and a small spread.
+    near = {"value": 1e6 + torch.tensor([0.0, 0.0625, 0.125]), "label": torch.arange(3.0)}
+    assert task.quality(near)["pearson"] == pytest.approx(1)
 
 
 def test_labels_outside_the_head_are_named() -> None:
@@ -144,6 +148,11 @@ def test_embedding_vectors_and_agreement(tokenizer: PreTrainedTokenizerBase) -> 
     # A turned space relates the texts as before.
     turn = torch.linalg.qr(torch.randn(5, 5, generator=draw))[0]
     assert task.agreement({"vector": ours @ turn}, {"vector": ours})["spearman"] > 0.999
+    # Not defined: of one pair, or where all texts are the same to the student.
+    for vectors in (ours[:2], torch.ones(6, 5)):
+        assert task.agreement({"vector": vectors}, {"vector": theirs[: len(vectors)]}) == {}
+    many = torch.randn(2001, 2, generator=draw)
+    assert task.agreement({"vector": many}, {"vector": many[:2000]})["spearman"] > 0.999
 
 
 def test_masked_lm_hides_by_row_and_epoch_alone(tokenizer: PreTrainedTokenizerBase) -> None:

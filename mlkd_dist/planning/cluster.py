@@ -1,10 +1,11 @@
 """The words of `mlkd plan` that are not settings of the run."""
 
+import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from mlkd_dist.planning.footprint import GIB
 from mlkd_dist.rules.allowed import UserError, nearest
+from mlkd_dist.saving.commit import writable
 
 
 @dataclass
@@ -57,8 +58,10 @@ def cluster_of(words: list[str]) -> tuple[Cluster, list[str]]:
             raise UserError(f"{key}: {given} is not allowed; give more than 0.")
     for key in ("out", "json"):
         place = getattr(cluster, key)
-        if place is not None and not Path(place).parent.is_dir():
-            raise UserError(f"{key}: {place!r} cannot be written; there is no such folder.")
+        if place is not None and not writable(place):
+            raise UserError(f"{key}: {place!r} cannot be written; name a file.")
+    if not 0 <= cluster.reserve < math.inf:
+        raise UserError(f"reserve: {cluster.reserve} is not allowed; give 0 or more.")
     return cluster, settings
 
 

@@ -20,6 +20,7 @@ from mlkd_dist.config import UserError, load
 from mlkd_dist.planning.machine import FAIL, MACHINE, OK, WARN, Asked, Finding
 from mlkd_dist.processes.versions import refuse_different, versions
 from mlkd_dist.rules.allowed import nearest
+from mlkd_dist.saving.commit import writable
 
 # Seconds that the processes wait for one another here.
 PATIENCE = 180.0
@@ -46,8 +47,8 @@ def asked(words: list[str]) -> Asked:
     processes = own.get("processes") or str(config.launch.processes if config else 1)
     if not processes.isdecimal() or int(processes) < 1:
         raise UserError(f"processes: {processes!r} is not allowed; give a number from 1 on.")
-    if "json" in own and not Path(own["json"]).absolute().parent.is_dir():
-        raise UserError(f"json: {own['json']!r} lies in no folder that is there; choose another.")
+    if "json" in own and not writable(own["json"]):
+        raise UserError(f"json: {own['json']!r} cannot be written; name a file.")
     return Asked(config, int(processes), own.get("json"))
 
 

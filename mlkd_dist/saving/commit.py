@@ -228,6 +228,20 @@ def told(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def writable(path: str | Path) -> bool:
+    """Whether a file may be written there, in a folder that exists."""
+    place = Path(path).absolute()
+    return bool(str(path)) and not place.is_dir() and os.access(place.parent, os.W_OK)
+
+
+def unfinished(run: Path, stages: int) -> bool:
+    """Whether a run of so many stages is still to go on, as its newest checkpoint has it; one that
+    is done may have none."""
+    newest = next(iter(names(run / "checkpoints")), None)
+    facts = told(run / "checkpoints" / newest) if newest else {}
+    return bool(facts) and not (facts["stage_done"] and facts["stage"] == stages - 1)
+
+
 def remove(folder: Path) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink()

@@ -147,10 +147,16 @@ def markdown(asked: Plan, found: list[dict[str, Any]], rows: list[Row]) -> Itera
             f"| {measure} | budget | n | mean | sd | minus {baseline} | sd |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-        teachers = [run["teacher"][measure] for run in found if measure in run["teacher"]]
-        # Each run measures its time anew.
-        if teachers and measure != "latency_ms":
-            lines.append(f"| teacher | | | {shown(measure, teachers[0])} | | | |")
+        teachers = {}
+        for run in found:
+            if measure in run["teacher"]:
+                teachers.setdefault(run["budget"], shown(measure, run["teacher"][measure]))
+        # A budget may have other held-out rows. Each run measures its time anew.
+        alike = len({*teachers.values()}) == 1
+        for budget, value in teachers.items() if measure != "latency_ms" else ():
+            lines.append(f"| teacher | {'' if alike else f'{budget} '}| | {value} | | | |")
+            if alike:
+                break
         own = [row for row in rows if row.measure == measure]
         for row in sorted(own, key=lambda row: budgets.index(row.budget)):
             values = (row.mean, row.spread, row.difference, row.difference_spread)

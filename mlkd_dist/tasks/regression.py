@@ -1,5 +1,6 @@
 """A number for each text or text pair, as in STS-B."""
 
+import math
 from typing import Any
 
 import torch
@@ -77,11 +78,14 @@ def is_number(value: Any) -> bool:
 
 
 def compared(one: Tensor, other: Tensor) -> dict[str, float]:
-    """Nothing where a correlation is not defined: fewer than two values, or all the same."""
+    """Nothing where a correlation is not defined: fewer than two values, all the same, or one that
+    is no number."""
     if min(len(one.unique()), len(other.unique())) < 2:
         return {}
-    pair = one.numpy(), other.numpy()
-    return {
+    # Sums of squares of a large mean and a small spread need all digits.
+    pair = one.double().numpy(), other.double().numpy()
+    found = {
         "pearson": float(pearsonr(*pair).statistic),
         "spearman": float(spearmanr(*pair).statistic),
     }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
