@@ -19,7 +19,7 @@ from mlkd_dist.config import Config, UserError
 from mlkd_dist.inputs.quarantine import Quarantine
 from mlkd_dist.models.model import lacks_head, read_config
 from mlkd_dist.processes.world import World, broadcast_object
-from mlkd_dist.rules.settings import differences, global_batch, mathematics, paths, read_back
+from mlkd_dist.rules.settings import differences, mathematics, paths, read_back
 from mlkd_dist.saving import commit
 from mlkd_dist.student import make_student
 
@@ -134,7 +134,7 @@ def standing(config: Config) -> str:
     finished = (folder / "report.json").exists()
     # Where there are checkpoints, these tell what the paths held.
     by_name = finished or not commit.names(folder / "checkpoints")
-    changed = other_settings(config, by_name, batch=finished)
+    changed = other_settings(config, by_name)
     if changed and settings.resume != "changed":
         if settings.overwrite:
             return NEW
@@ -148,17 +148,13 @@ def standing(config: Config) -> str:
     return UNFINISHED
 
 
-def other_settings(config: Config, by_name: bool, batch: bool = False) -> list[str]:
-    """What of the run there differs in its mathematics, with `by_name` in its sources, and with
-    `batch` in its global batch, of which else its checkpoints tell."""
+def other_settings(config: Config, by_name: bool) -> list[str]:
+    """What of the run there differs in its mathematics, and with `by_name` in its sources."""
     theirs = read_back(Path(config.run.dir) / "config.yaml")
     if theirs is None:
         return ["config.yaml cannot be read"]
     ours, theirs = (
-        mathematics(each)
-        | (paths(each) if by_name else {})
-        | (global_batch(each, each.launch.processes) if batch else {})
-        for each in (config, theirs)
+        mathematics(each) | (paths(each) if by_name else {}) for each in (config, theirs)
     )
     return differences(theirs, ours)
 

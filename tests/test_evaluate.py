@@ -82,14 +82,6 @@ def test_nobody_else_is_at_work_in_the_folder(done: Any) -> None:
         evaluate(config, done[1])
 
 
-def test_a_finished_run_of_another_batch_is_another(done: Any) -> None:
-    given, _ = done
-    config = config_of(done, batch=given["batch"] | {"micro_batch": 2})
-    with pytest.raises(UserError, match="batch.micro_batch x batch.grad_accum: 4 -> 2"):
-        standing(config)
-    assert standing(config_of(done, batch=given["batch"] | {"micro_batch": 2, "grad_accum": 2}))
-
-
 def test_where_a_run_stands(done: Any) -> None:
     folder = Path(config_of(done).run.dir)
     assert not commit.unfinished(folder, 1) and commit.unfinished(folder, 2)
