@@ -149,14 +149,14 @@ def markdown(asked: Plan, found: list[dict[str, Any]], rows: list[Row]) -> Itera
         ]
         teachers = {}
         for run in found:
-            if measure in run["teacher"]:
+            # Each run measures its time anew.
+            if measure in run["teacher"] and measure != "latency_ms":
                 teachers.setdefault(run["budget"], shown(measure, run["teacher"][measure]))
-        # A budget may have other held-out rows. Each run measures its time anew.
-        alike = len({*teachers.values()}) == 1
-        for budget, value in teachers.items() if measure != "latency_ms" else ():
-            lines.append(f"| teacher | {'' if alike else f'{budget} '}| | {value} | | | |")
-            if alike:
-                break
+        # A budget may have other held-out rows.
+        if len({*teachers.values()}) == 1:
+            teachers = {"": next(iter(teachers.values()))}
+        for budget, value in teachers.items():
+            lines.append(f"| {' | '.join(['teacher', budget, '', value, '', '', ''])} |")
         own = [row for row in rows if row.measure == measure]
         for row in sorted(own, key=lambda row: budgets.index(row.budget)):
             values = (row.mean, row.spread, row.difference, row.difference_spread)
